@@ -1,0 +1,17 @@
+"""Low-rank gradient optimizers as Optax transformations: `update = unfold(scale · P inner(PᵀG) + residual(G − P PᵀG))`."""
+
+from optax_lowrank.assemble import INJECT_STATIC_ARGS as INJECT_STATIC_ARGS, assemble as assemble
+from optax_lowrank.fits import (
+    gaussian as gaussian,
+    randomized_svd as randomized_svd,
+    subspace_iteration as subspace_iteration,
+    svd as svd,
+)
+from optax_lowrank.galore import galore as galore
+from optax_lowrank.low_rank import LowRankState as LowRankState, low_rank as low_rank
+from optax_lowrank.moments import rotated as rotated, scale_by_rotated_adam as scale_by_rotated_adam
+from optax_lowrank.refresh import every as every, on_convergence as on_convergence, on_staleness as on_staleness
+from optax_lowrank.report import diagnostics as diagnostics, memory_report as memory_report
+from optax_lowrank.views import MatrixAxes as MatrixAxes, describe as describe, matrix_axes as matrix_axes
+
+__version__ = "0.1.0"

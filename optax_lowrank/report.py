@@ -1,0 +1,169 @@
+"""What an optimizer state holds: diagnostics of the bases, bytes of everything."""
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_lowrank.low_rank import LowRankState
+from optax_lowrank.views import flatten_by_path, owner
+
+
+class LeafDiagnostics(NamedTuple):
+    """How the basis of one leaf is doing; (b,) arrays, one entry a matrix."""
+
+    rank: jax.Array  # int32, active columns of the basis
+    captured_energy: jax.Array  # float32, ‖PᵀG‖² / ‖G‖² at the last refit
+    steps_since_refresh: jax.Array  # int32, -1 where there is no basis yet
+    skips: jax.Array  # int32, steps with a gradient that was not finite or no use for a refit that was due
+
+
+def diagnostics(state) -> dict[str, LeafDiagnostics]:
+    """Rank, captured energy, age and skips of every basis in an optimizer state.
+
+    Args:
+      state: any tree that has `LowRankState`s in it: through `chain`, `partition`, `MultiSteps`,
+        `inject_hyperparams`, `nnx.Optimizer`. May be traced.
+
+    Returns:
+      Dict by path of the leaf; the inner basis of a two-sided projection stands under `<path>/R`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_lowrank as ol
+      >>> tx = ol.galore(1e-3, rank=2)
+      >>> params = {"kernel": jnp.eye(8)}
+      >>> _, state = tx.update({"kernel": jnp.eye(8)}, tx.init(params), params)
+      >>> report = ol.diagnostics(state)["kernel"]
+      >>> report.rank.tolist(), round(float(report.captured_energy[0]), 2)
+      ([2], 0.25)
+    """
+    found = {}
+    for low_rank_state in _low_rank_states(state):
+        basis, stats, (count,) = low_rank_state.basis, low_rank_state.stats, jax.tree.leaves(low_rank_state.count)
+        array = lambda tree, path: jax.tree.leaves(tree[path])[0]  # wrappers such as nnx box their arrays
+        for path in basis if isinstance(basis, dict) else ():
+            last_fit = array(stats.last_fit, path)
+            found[path] = LeafDiagnostics(
+                rank=jnp.sum(jnp.any(array(basis, path) != 0, axis=1), axis=1),
+                captured_energy=array(stats.captured, path),
+                steps_since_refresh=jnp.where(last_fit < 0, -1, count - 1 - last_fit),
+                skips=array(stats.skips, path),
+            )
+    return found
+
+
+def _low_rank_states(state):
+    """Every `LowRankState` in a tree, outer ones before those nested in them."""
+    is_one = lambda x: isinstance(x, LowRankState)
+    for x in jax.tree.leaves(state, is_leaf=is_one):
+        if is_one(x):
+            yield x
+            yield from _low_rank_states(x.inner)
+            yield from _low_rank_states(x.residual)
+
+
+class GroupMemory(NamedTuple):
+    """Bytes of the leaves whose paths differ only in numbers."""
+
+    leaves: int
+    projected: bool
+    parameters: int
+    arrays: int  # optimizer state that grows with the parameters
+    adamw: int  # what `optax.adamw` would keep
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """Bytes, exact, of parameters and optimizer state; `str()` is a table."""
+
+    groups: dict[str, GroupMemory]  # by path, numbers replaced by *
+    counters: int  # step counts, statistics, norms: everything that is at most one number a matrix
+
+    @property
+    def parameters(self) -> int:
+        """Bytes of the parameters."""
+        return sum(group.parameters for group in self.groups.values())
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients: those of the parameters."""
+        return self.parameters
+
+    @property
+    def arrays(self) -> int:
+        """Bytes of bases, moments and all other optimizer state but `counters`."""
+        return sum(group.arrays for group in self.groups.values())
+
+    @property
+    def state(self) -> int:
+        """Bytes of the whole optimizer state."""
+        return self.arrays + self.counters
+
+    @property
+    def adamw(self) -> int:
+        """Bytes of the state of `optax.adamw` on the same parameters."""
+        return sum(group.adamw for group in self.groups.values())
+
+    def __str__(self):
+        size = lambda n: f"{n:,}"
+        percent = lambda n, of: f"{100 * n / of:.1f} %" if of else "-"
+        rows = [("leaves", "", "count", "parameters", "optimizer state", "AdamW's", "ratio")]
+        for name, g in self.groups.items():
+            kind = "projected" if g.projected else "dense"
+            ratio = percent(g.arrays, g.adamw)
+            rows.append((name, kind, size(g.leaves), size(g.parameters), size(g.arrays), size(g.adamw), ratio))
+        rows.append(("counters and statistics", "", "", "", size(self.counters), "", ""))
+        ratio = percent(self.state, self.adamw)
+        rows.append(("total bytes", "", "", size(self.parameters), size(self.state), size(self.adamw), ratio))
+        rows.append(("gradients", "", "", size(self.gradients), "", "", ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        line = lambda row: "  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]).rstrip()
+        return "\n".join(map(line, rows))
+
+
+def memory_report(tx: optax.GradientTransformation, params, state: Any = None) -> MemoryReport:
+    """Bytes of an optimizer's state, leaf group by leaf group, without allocating any of it.
+
+    Args:
+      tx: any Optax transformation.
+      params: parameters, or their `jax.ShapeDtypeStruct`s.
+      state: a state to measure, a compacted one for example; default what `tx.init` would make.
+
+    Returns:
+      A `MemoryReport`. Its arrays are those in which the state has more than one number a matrix; all others count as
+      `counters`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_lowrank as ol
+      >>> shapes = {"kernel": jax.ShapeDtypeStruct((1024, 4096), jnp.float32)}
+      >>> report = ol.memory_report(ol.galore(1e-3, rank=256), shapes)
+      >>> report.arrays == 4 * (1024 * 256 + 2 * 4096 * 256), report.adamw == 4 * 2 * 1024 * 4096
+      (True, True)
+    """
+    if state is None:
+        state = jax.eval_shape(tx.init, params)
+    leaves, _ = flatten_by_path(params)
+    bases = {p for s in _low_rank_states(state) for p in (s.basis if isinstance(s.basis, dict) else ())}
+    arrays, counters = dict.fromkeys(leaves, 0), 0
+    for key_path, x in jax.tree_util.tree_flatten_with_path(state)[0]:
+        path = owner(key_path, leaves)
+        if path is None or (path in bases and x.ndim < 2):
+            counters += _bytes(x)
+        else:
+            arrays[path] += _bytes(x)
+    groups = {}
+    for path, leaf in leaves.items():
+        name = re.sub(r"(?<=/)\d+(?=/)|^\d+(?=/)", "*", path)
+        adamw = sum(map(_bytes, jax.tree.leaves(jax.eval_shape(optax.scale_by_adam().init, leaf)[1:])))
+        measured = GroupMemory(1, path in bases, _bytes(leaf), arrays[path], adamw)
+        old = groups.get((name, measured.projected), GroupMemory(0, measured.projected, 0, 0, 0))
+        sums = (a + b for a, b in zip(old[2:], measured[2:], strict=True))
+        groups[name, measured.projected] = GroupMemory(old.leaves + 1, measured.projected, *sums)
+    return MemoryReport({name: group for (name, _), group in groups.items()}, counters)
+
+
+def _bytes(x) -> int:
+    return x.size * jnp.dtype(x.dtype).itemsize
