@@ -1,6 +1,11 @@
 """Low-rank gradient optimizers as Optax transformations: `update = unfold(scale · P inner(PᵀG) + residual(G − P PᵀG))`."""
 
 from optax_lowrank.assemble import INJECT_STATIC_ARGS as INJECT_STATIC_ARGS, assemble as assemble
+from optax_lowrank.fira import (
+    fira as fira,
+    limit_norm_growth as limit_norm_growth,
+    scale_by_subspace_ratio as scale_by_subspace_ratio,
+)
 from optax_lowrank.fits import (
     gaussian as gaussian,
     randomized_svd as randomized_svd,
@@ -10,6 +15,10 @@ from optax_lowrank.fits import (
 from optax_lowrank.galore import galore as galore
 from optax_lowrank.low_rank import LowRankState as LowRankState, low_rank as low_rank
 from optax_lowrank.moments import rotated as rotated, scale_by_rotated_adam as scale_by_rotated_adam
+from optax_lowrank.natural_galore import (
+    natural_galore as natural_galore,
+    scale_by_woodbury_fisher as scale_by_woodbury_fisher,
+)
 from optax_lowrank.refresh import every as every, on_convergence as on_convergence, on_staleness as on_staleness
 from optax_lowrank.report import diagnostics as diagnostics, memory_report as memory_report
 from optax_lowrank.views import MatrixAxes as MatrixAxes, describe as describe, matrix_axes as matrix_axes

@@ -144,31 +144,26 @@ def subspace_step(G: jax.Array, P: jax.Array) -> jax.Array:
     return left_singular_vectors(matmul(G, orthonormalize(matmul(G.T, P))))
 
 
-def push_through_solve(
-    H: jax.Array, gram: jax.Array, e: jax.Array, damping: jax.Array
-) -> jax.Array:
-    """Solves (λI + H Hᵀ) x = H e as x = H (λI + HᵀH)⁻¹ e, without ever forming H Hᵀ.
+def push_through_weights(gram: jax.Array, e: jax.Array, damping: jax.Array) -> jax.Array:
+    """Weights w = (λI + HᵀH)⁻¹ e of the columns of H in (λI + H Hᵀ)⁻¹ H e = H w, without forming H Hᵀ.
 
-    The Woodbury form g/λ − H (λI + HᵀH)⁻¹ Hᵀg / λ subtracts two numbers of size ‖g‖/λ and loses every
-    digit in float32; pushing H through the inverse subtracts nothing.
+    The Woodbury form g/λ − H (λI + HᵀH)⁻¹ Hᵀg / λ subtracts two vectors of size ‖g‖/λ and loses every digit in
+    float32; pushing H through the inverse subtracts nothing.
 
     Args:
-      H: (d, s) matrix.
-      gram: (s, s), HᵀH in float32 or wider.
-      e: (s,) coefficients of the right-hand side H e.
-      damping: scalar λ > 0.
+      gram: (..., s, s), HᵀH in float32 or wider.
+      e: (..., s), coefficients of the right-hand side H e.
+      damping: (...), λ > 0.
 
     Returns:
-      (d,) solution, in the dtype of `gram`.
+      (..., s) weights.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_lowrank import linalg
       >>> H = jnp.array([[3.0], [4.0]])
-      >>> linalg.push_through_solve(H, H.T @ H, jnp.ones(1), 25.0).tolist()
-      [0.05999999865889549, 0.07999999821186066]
+      >>> (H @ linalg.push_through_weights(H.T @ H, jnp.ones(1), jnp.array(25.0))).round(3).tolist()
+      [0.06, 0.08]
     """
-    factor = jnp.linalg.cholesky(gram + damping * jnp.eye(gram.shape[0], dtype=gram.dtype))
-    return matmul(
-        H.astype(gram.dtype), jax.scipy.linalg.cho_solve((factor, True), e.astype(gram.dtype))
-    )
+    damped = gram + damping[..., None, None] * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), e[..., None])[..., 0]

@@ -109,7 +109,7 @@ def scale_by_rotated_adam(
             # V / w: after this step w > 0, unless b2 = 1
             return M / (1 - b1 ** (seen + 1)) / (jnp.sqrt(V / w) + eps), M, V, w
 
-        columns = jax.tree.map(leaf, updates, state.mu, state.nu, state.mass, _turns(updates, extra))
+        columns = jax.tree.map(leaf, updates, state.mu, state.nu, state.mass, turns(updates, extra))
         N, M, V, w = (jax.tree.map(lambda _, column, i=i: column[i], updates, columns) for i in range(4))
         return N, RotatedAdamState(optax.safe_increment(state.count), optax.tree.cast(M, mu_dtype), V, w)
 
@@ -143,14 +143,14 @@ def rotated(
 
     def update(updates, state, params=None, **extra):
         if "rotation" in extra:
-            turns = _turns(updates, extra)
+            turn_of = turns(updates, extra)
 
             def carry(key_path, x):
-                key, fields = owner(key_path, turns), {getattr(part, "name", None) for part in key_path}
+                key, fields = owner(key_path, turn_of), {getattr(part, "name", None) for part in key_path}
                 if key is None or not fields & {*first, *second}:
                     return x
-                rule = _Turn.__call__ if fields & set(first) else _Turn.squared
-                return turns[key].on_refresh(lambda turn, x: (rule(turn, x),), x)[0]
+                rule = Turn.__call__ if fields & set(first) else Turn.squared
+                return turn_of[key].on_refresh(lambda turn, x: (rule(turn, x),), x)[0]
 
             state = jax.tree_util.tree_map_with_path(carry, state)
         return inner.update(updates, state, params, **extra)
@@ -158,7 +158,7 @@ def rotated(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-class _Turn(NamedTuple):
+class Turn(NamedTuple):
     """Change of coordinates of one leaf: x ↦ Q x, and inside a nested `low_rank` also x ↦ x Kᵀ."""
 
     Q: jax.Array  # (b, r, r)
@@ -183,12 +183,13 @@ class _Turn(NamedTuple):
         return x if K is None or x.shape[-1] == 1 else matmul(x, K.mT)  # the mass has no columns
 
 
-def _turns(updates, extra):
+def turns(updates, extra) -> Any:
+    """A `Turn` for each leaf, from the extra arguments of `low_rank`; None for each where there are none."""
     if "rotation" not in extra:
         return jax.tree.map(lambda _: None, updates)
     columns = extra.get("column_rotation", dict.fromkeys(updates))
     columns_refreshed = extra.get("column_refreshed", dict.fromkeys(updates, False))
     return {
-        key: _Turn(extra["rotation"][key], columns[key], extra["refreshed"][key] | columns_refreshed[key])
+        key: Turn(extra["rotation"][key], columns[key], extra["refreshed"][key] | columns_refreshed[key])
         for key in updates
     }
