@@ -1,5 +1,6 @@
 """Low-rank gradient optimizers as Optax transformations: `update = unfold(scale · P inner(PᵀG) + residual(G − P PᵀG))`."""
 
+from optax_lowrank.adarankgrad import adarankgrad as adarankgrad
 from optax_lowrank.assemble import INJECT_STATIC_ARGS as INJECT_STATIC_ARGS, assemble as assemble
 from optax_lowrank.fira import (
     fira as fira,
@@ -7,6 +8,7 @@ from optax_lowrank.fira import (
     scale_by_subspace_ratio as scale_by_subspace_ratio,
 )
 from optax_lowrank.fits import (
+    adaptive_rank as adaptive_rank,
     gaussian as gaussian,
     randomized_svd as randomized_svd,
     subspace_iteration as subspace_iteration,

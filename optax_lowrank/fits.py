@@ -135,3 +135,52 @@ def gaussian() -> Fit:
         return linalg.fix_signs(linalg.orthonormalize(jax.random.normal(key, P.shape, G.dtype)))
 
     return fit
+
+
+def adaptive_rank(
+    fit: Fit, max_residual_energy: float = 0.3, min_rank: int = 8, rank_step: int = 8
+) -> Fit:
+    """Keeps as many columns of a fit as its gradient needs, and sets the others to zero.
+
+    lost(r) = 1 − Σ_{k≤r} ‖P_kᵀG‖² / ‖G‖², which for singular vectors is 1 − Σ_{k≤r} σ_k² / ‖G‖². The active rank is the
+    first r of min_rank, min_rank + rank_step, … with lost(r) ≤ max_residual_energy, else the rank of the basis. One fit
+    answers for all r; zero columns make zero coordinates, moments and steps. `compact` releases their memory.
+
+    Args:
+      fit: any fit whose columns come strongest first.
+      max_residual_energy: share of ‖G‖² that may be lost, in [0, 1].
+      min_rank: smallest active rank; above the rank of the basis it means that rank.
+      rank_step: distance of the ranks that are tried.
+
+    Returns:
+      A fit.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_lowrank as ol
+      >>> fit = ol.adaptive_rank(ol.svd(), max_residual_energy=0.1, min_rank=1, rank_step=1)
+      >>> P = fit(jax.random.key(0), jnp.diag(jnp.array([4.0, 3.0, 1.0])), jnp.zeros((3, 3)))
+      >>> jnp.sum(jnp.any(P != 0, axis=0)).item()  # 1 of 26 is lost at rank 2, 10 of 26 at rank 1
+      2
+
+    Reference: Refael et al. (AdaRankGrad), arXiv:2410.17881, which searches by bisection with a new sketch for each
+      probe and prints the supremum of the admissible ranks where the minimum is meant.
+    """
+    for name, value in (("max_residual_energy", max_residual_energy), ("min_rank", min_rank), ("rank_step", rank_step)):
+        low, high = (0, 1) if name == "max_residual_energy" else (1, float("inf"))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise ValueError(f"`{name}` must be in [{low}, {high}], got {value}.")
+
+    def adapted(key, G, P):
+        P = fit(key, G, P)
+        kept = jnp.cumsum(jnp.sum(jnp.square(linalg.matmul(P.T, G)), axis=1))
+        lost = 1 - kept / jnp.sum(jnp.square(G))  # G is not zero
+        ranks = jnp.arange(1, P.shape[1] + 1)
+        tried = (ranks >= min_rank) & ((ranks - min_rank) % rank_step == 0)
+        enough = tried & (lost <= max_residual_energy)
+        rank = jnp.where(jnp.any(enough), ranks[jnp.argmax(enough)], P.shape[1])
+        return jnp.where(ranks <= rank, P, 0)
+
+    return adapted
