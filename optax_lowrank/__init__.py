@@ -15,6 +15,7 @@ from optax_lowrank.fits import (
     svd as svd,
 )
 from optax_lowrank.galore import galore as galore
+from optax_lowrank.gradnormlorp import gradnormlorp as gradnormlorp, weight_norm as weight_norm
 from optax_lowrank.low_rank import LowRankState as LowRankState, low_rank as low_rank
 from optax_lowrank.moments import rotated as rotated, scale_by_rotated_adam as scale_by_rotated_adam
 from optax_lowrank.natural_galore import (

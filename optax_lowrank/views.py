@@ -105,20 +105,25 @@ class MatrixView:
 
     @classmethod
     def of(
-        cls, shape: Iterable[int], axes: MatrixAxes, side: Literal["short", "long"] = "short"
+        cls,
+        shape: Iterable[int],
+        axes: MatrixAxes,
+        side: Literal["short", "long", "reduction"] = "short",
     ) -> MatrixView:
-        """The view of a leaf of this shape that projects its shorter or longer side; a square projects its reduction.
+        """The view of a leaf of this shape with its shorter, its longer or its reduction side projected.
+
+        A square matrix is projected on its reduction side in any case.
 
         Raises:
-            ValueError: `axes` do not fit `shape`, or `side` is neither "short" nor "long".
+            ValueError: `axes` do not fit `shape`, or `side` is unknown.
         """
-        if side not in ("short", "long"):
-            raise ValueError(f"side={side!r} must be 'short' or 'long'.")
+        if side not in ("short", "long", "reduction"):
+            raise ValueError(f"side={side!r} must be 'short', 'long' or 'reduction'.")
         shape = tuple(shape)
         reduction, output = _sides(axes, shape, f"a leaf of shape {shape}")
         batch = tuple(a for a in range(len(shape)) if a not in reduction + output)
         excess = _size(shape, output) - _size(shape, reduction)
-        reduction_first = excess >= 0 if side == "short" else excess <= 0
+        reduction_first = {"short": excess >= 0, "long": excess <= 0, "reduction": True}[side]
         return cls(shape, batch, *((reduction, output) if reduction_first else (output, reduction)))
 
     @property
