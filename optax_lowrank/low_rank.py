@@ -149,7 +149,7 @@ def low_rank(
         refreshed = {path: jnp.any(f) for path, f in fitted.items()}
 
         G = {path: view.fold(leaves[path]).astype(P[path].dtype) for path, view in views.items()}
-        R = {path: jnp.einsum("bmr,bmn->brn", P[path], G[path]) for path in views}
+        R = {path: jnp.matmul(P[path].mT, G[path]) for path in views}
         # whatever is not finite in G shows in R; a square that overflows would poison a second moment for good
         energy = {path: jnp.sum(jnp.square(r), axis=(1, 2)) for path, r in R.items()}
         finite = {path: jnp.isfinite(e) for path, e in energy.items()}
@@ -162,17 +162,16 @@ def low_rank(
         )
         N = {path: _where(finite[path], N[f"{path}/R"]) for path in views}
 
-        E = {path: _where(finite[path], G[path] - jnp.einsum("bmr,brn->bmn", P[path], R[path])) for path in views}
+        E = {path: _where(finite[path], G[path] - view.product(P[path], R[path])) for path, view in views.items()}
         S, residual_state = residual.update(
             _keyed(E), state.residual, _shapes(E), coords=_keyed(R), steps=_keyed(N), **extra
         )
         out = {
             path: view.unfold(
-                (scale * jnp.einsum("bmr,brn->bmn", P[path], N[path]) + _where(finite[path], S[f"{path}/R"]))
-                .astype(leaves[path].dtype)
+                (view.product(P[path], scale * N[path]) + _where(finite[path], S[f"{path}/R"])).astype(leaves[path].dtype)
             )
             for path, view in views.items()
-        }  # fmt: skip
+        }
 
         if getattr(refresh, "watches_captured", False):
             total = {path: jnp.sum(jnp.square(g), axis=(1, 2)) for path, g in G.items()}

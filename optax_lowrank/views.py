@@ -150,6 +150,12 @@ class MatrixView:
         back = sorted(range(len(self.shape)), key=self._order.__getitem__)
         return jnp.transpose(G.reshape([self.shape[a] for a in self._order]), back)
 
+    def product(self, P: jax.Array, N: jax.Array) -> jax.Array:
+        """P N, (b, m, n), computed as (Nᵀ Pᵀ)ᵀ where that is how the leaf lies in memory: `unfold` then moves nothing."""
+        if self.other_axes < self.projected_axes:
+            return jnp.matmul(N.mT, P.mT).mT
+        return jnp.matmul(P, N)
+
     def matrix(self, x: jax.Array, i) -> jax.Array:
         """`fold(x)[i]`, (m, n), for an index that may be traced, without folding the rest of the stack."""
         i = jnp.asarray(i)
