@@ -84,7 +84,7 @@ def _whitener(C: jax.Array) -> jax.Array:
 def _drop_round_off(Y: jax.Array, C: jax.Array) -> jax.Array:
     lengths, V = jnp.linalg.eigh(C)
     keep = lengths > _ROUND_OFF * lengths[-1]
-    Y = matmul(Y, V * jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, lengths, 1.0)), 0.0))
+    Y = matmul(Y, V * jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, lengths, 1.0)), 0.0)[None, :])
     # eigenvectors of a float32 Gram matrix are orthogonal only to 1e-7 / 1e-5: one more pass
     return matmul(
         Y, _whitener(matmul(Y.T, Y) + jnp.diag(jnp.where(keep, 0.0, 1.0).astype(C.dtype)))

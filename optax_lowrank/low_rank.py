@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowrank.fits import Fit, randomized_svd
-from optax_lowrank.refresh import Policy, Statistics, every, initial_statistics, next_statistics, refit, waiting
+from optax_lowrank.refresh import Policy, Statistics, every, initial_statistics, next_statistics, positions, refit
 from optax_lowrank.views import MatrixView, axes_by_path, flatten_by_path, owner
 
 
@@ -42,7 +42,7 @@ class LowRankState(NamedTuple):
 
     count: jax.Array  # () int32, updates so far
     basis: Any  # (b, m, r), changes on refresh
-    stats: Statistics  # (b,) each, change on every step
+    stats: Statistics  # one entry a matrix, changes on every step
     inner: optax.OptState  # whatever `inner` keeps for R
     residual: optax.OptState  # whatever `residual` keeps for E
 
@@ -126,7 +126,7 @@ def low_rank(
         return LowRankState(
             count=count,
             basis={p: jnp.zeros((v.batch, v.m, ranks[p]), dtype[p]) for p, v in views.items()},
-            stats=initial_statistics(views),
+            stats=initial_statistics(sum(view.batch for view in views.values())),
             inner=_no_params(inner.init, _keyed(coords)),
             residual=residual.init(_keyed(rest)),
         )
@@ -143,16 +143,17 @@ def low_rank(
         _check_same_leaves(views, state)
         extra, outer_refreshed = _as_columns(extra)
 
-        pending = waiting(refresh, state.count, state.stats)
+        pending = state.stats.pending | refresh(state.count, state.stats)
         key = jax.random.fold_in(jax.random.key(seed), state.count)
         P, Q, fitted, total = refit(fit, key, leaves, views, state.basis, pending)
-        refreshed = {path: jnp.any(f) for path, f in fitted.items()}
+        places = positions({path: view.batch for path, view in views.items()})
+        refreshed = {path: jnp.any(fitted[place]) for path, place in places.items()}
 
         G = {path: view.fold(leaves[path]).astype(P[path].dtype) for path, view in views.items()}
         R = {path: jnp.matmul(P[path].mT, G[path]) for path in views}
         # whatever is not finite in G shows in R; a square that overflows would poison a second moment for good
-        energy = {path: jnp.sum(jnp.square(r), axis=(1, 2)) for path, r in R.items()}
-        finite = {path: jnp.isfinite(e) for path, e in energy.items()}
+        energy = _per_matrix(_energy(R), places)
+        finite = {path: jnp.isfinite(energy[place]) for path, place in places.items()}
         R = {path: _where(finite[path], r) for path, r in R.items()}
         if outer_refreshed is not None:
             R = {p: jnp.where(refreshed[p] & outer_refreshed[p], _without_round_off(r), r) for p, r in R.items()}
@@ -174,11 +175,11 @@ def low_rank(
         }
 
         if getattr(refresh, "watches_captured", False):
-            total = {path: jnp.sum(jnp.square(g), axis=(1, 2)) for path, g in G.items()}
+            total = _per_matrix(_energy(G), places)
         return treedef.unflatten(out.values()), LowRankState(
             count=optax.safe_increment(state.count),
             basis=P,
-            stats=next_statistics(state.stats, state.count, pending, fitted, finite, energy, total),
+            stats=next_statistics(state.stats, state.count, pending, fitted, jnp.isfinite(energy), energy, total),
             inner=keep_where(finite, inner_state, state.inner),
             residual=keep_where(finite, residual_state, state.residual),
         )
@@ -223,6 +224,14 @@ def _keyed(by_path):
 
 def _shapes(by_path):
     return _keyed(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), by_path))
+
+
+def _energy(x):
+    return {path: jnp.sum(jnp.square(matrices), axis=(1, 2)).astype(jnp.float32) for path, matrices in x.items()}
+
+
+def _per_matrix(by_path, places):
+    return jnp.concatenate([by_path[path] for path in places])
 
 
 def _where(finite, x):

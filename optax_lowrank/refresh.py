@@ -1,14 +1,15 @@
 """When a basis is refit, and how: the policies, and one compiled fit per distinct folded shape.
 
-A refresh policy answers "refit now?" from `(count, statistics of the previous step)`, with a bool scalar for the whole
-tree or a dict by path of (b,) bools. The answer for a single matrix is only ever looked at as a scalar inside a loop: a
-batched predicate would turn `lax.cond` into a select that factorizes every matrix on every step.
+A refresh policy answers "refit now?" from `(count, statistics after the previous step)`, with one bool for the whole
+tree or one for each matrix. The answer for a single matrix is only ever looked at as a scalar inside a loop: a batched
+predicate would turn `lax.cond` into a select that factorizes every matrix on every step.
 """
 
 import collections
+import itertools
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +21,26 @@ from optax_lowrank.views import MatrixView
 
 
 class Statistics(NamedTuple):
-    """What the core knows of each matrix: dicts by path of (b,) arrays."""
+    """What the core knows of each of the k matrices of a tree: (k,) arrays, leaf by leaf in the order of `positions`."""
 
-    last_fit: Any  # int32, the count at the last refit, -1 before the first; changes on refresh
-    pending: Any  # bool, a refit is due and has not met a usable gradient yet
-    skips: Any  # int32, steps whose gradient was not finite, or could not be used for a refit that was due
-    captured: Any  # float32, ‖R‖² / ‖G‖² at the last refit; of every step, if the policy watches it
-    fit_norm: Any  # float32, ‖R‖ at the last refit
-    norm: Any  # float32, ‖R‖ averaged over the steps since then, decay 0.9
+    last_fit: jax.Array  # int32, the count at the last refit, -1 before the first; changes on refresh
+    pending: jax.Array  # bool, a refit is due and has not met a usable gradient yet
+    skips: jax.Array  # int32, steps whose gradient was not finite, or no use for a refit that was due
+    captured: jax.Array  # float32, ‖R‖² / ‖G‖² at the last refit; of every step, if the policy watches it
+    fit_norm: jax.Array  # float32, ‖R‖ at the last refit
+    norm: jax.Array  # float32, ‖R‖ averaged over the steps since then, decay 0.9
 
 
-Policy = Callable[[jax.Array, Statistics], Any]
+def positions(batches: Mapping[str, int]) -> dict[str, slice]:
+    """Where the matrices of each leaf stand in `Statistics`, from the number of matrices of each: paths are sorted."""
+    places, start = {}, 0
+    for path in sorted(batches):
+        places[path] = slice(start, start + batches[path])
+        start += batches[path]
+    return places
+
+
+Policy = Callable[[jax.Array, Statistics], jax.Array]
 
 
 def every(n: int, stagger: bool = False) -> Policy:
@@ -58,12 +68,8 @@ def every(n: int, stagger: bool = False) -> Policy:
     def due(count, stats):
         if not stagger:
             return count % n == 0
-        sizes = {path: last_fit.size for path, last_fit in stats.last_fit.items()}
-        total, start, answer = sum(sizes.values()), 0, {}
-        for path, size in sizes.items():
-            answer[path] = (count + jnp.arange(start, start + size) * n // total) % n == 0
-            start += size
-        return answer
+        k = stats.last_fit.size
+        return (count + jnp.arange(k) * n // k) % n == 0
 
     return due
 
@@ -94,11 +100,8 @@ def on_convergence(threshold: float = 0.1, min_gap: int = 20, max_gap: int = 200
     _check_gaps(min_gap, max_gap)
 
     def due(count, stats):
-        def matrices(last_fit, norm, fit_norm):
-            age = count - last_fit
-            return (age >= max_gap) | ((age >= min_gap) & (norm <= threshold * fit_norm))
-
-        return jax.tree.map(matrices, stats.last_fit, stats.norm, stats.fit_norm)
+        age = count - stats.last_fit
+        return (age >= max_gap) | ((age >= min_gap) & (stats.norm <= threshold * stats.fit_norm))
 
     return due
 
@@ -126,11 +129,8 @@ def on_staleness(min_captured: float = 0.5, min_gap: int = 20, max_gap: int = 20
     _check_gaps(min_gap, max_gap)
 
     def due(count, stats):
-        def matrices(last_fit, captured):
-            age = count - last_fit
-            return (age >= max_gap) | ((age >= min_gap) & (captured < min_captured))
-
-        return jax.tree.map(matrices, stats.last_fit, stats.captured)
+        age = count - stats.last_fit
+        return (age >= max_gap) | ((age >= min_gap) & (stats.captured < min_captured))
 
     due.watches_captured = True  # asks `low_rank` to measure `captured` on every step
     return due
@@ -142,24 +142,18 @@ def _check_gaps(min_gap, max_gap):
 
 
 class Refit(NamedTuple):
-    """Outcome of the refresh of one step, dicts by path."""
+    """Outcome of the refresh of one step."""
 
     basis: dict[str, jax.Array]  # (b, m, r)
     rotation: dict[str, jax.Array]  # (b, r, r), P_newᵀ P_old; the identity where not fitted
-    fitted: dict[str, jax.Array]  # (b,) bool
-    energy: dict[str, jax.Array]  # (b,) float32, ‖G‖² where fitted
+    fitted: jax.Array  # (k,) bool
+    energy: jax.Array  # (k,) float32, ‖G‖² where fitted
 
 
-def initial_statistics(views: Mapping[str, MatrixView]) -> Statistics:
-    """Statistics before the first step: every matrix waits for a basis."""
-    full = lambda value: {path: jnp.full(view.batch, value) for path, view in views.items()}
-    return Statistics(full(jnp.int32(-1)), full(True), full(jnp.int32(0)), *(full(jnp.float32(0)) for _ in range(3)))
-
-
-def waiting(policy: Policy, count: jax.Array, stats: Statistics) -> dict[str, jax.Array]:
-    """(b,) bools by path: matrices that the policy wants refit now, or wanted refit and met no usable gradient."""
-    due = policy(count, stats)
-    return {p: wait | (due[p] if isinstance(due, Mapping) else due) for p, wait in stats.pending.items()}
+def initial_statistics(k: int) -> Statistics:
+    """Statistics before the first step: all k matrices wait for a basis."""
+    zeros = lambda: jnp.zeros(k, jnp.float32)
+    return Statistics(jnp.full(k, -1, jnp.int32), jnp.ones(k, bool), jnp.zeros(k, jnp.int32), zeros(), zeros(), zeros())
 
 
 def refit(fit: Fit, key, leaves, views: Mapping[str, MatrixView], basis, pending) -> Refit:
@@ -169,78 +163,81 @@ def refit(fit: Fit, key, leaves, views: Mapping[str, MatrixView], basis, pending
     time does not grow with the number of layers, and never more than one matrix is copied out of its leaf.
     """
     groups = collections.defaultdict(list)
-    for path, view in views.items():
-        groups[view.m, view.n, basis[path].shape[1:], basis[path].dtype, leaves[path].dtype].append(path)
-    pick = lambda tree, paths: {path: tree[path] for path in paths}
-    outcomes = [_refit_equal_shapes(fit, key, *(pick(t, g) for t in (leaves, views, basis, pending))) for g in groups.values()]
-    merged = Refit(*(collections.ChainMap(*dicts) for dicts in zip(*outcomes, strict=True)))
-    return Refit(*({path: field[path] for path in views} for field in merged))
+    for path in sorted(views):
+        view, P = views[path], basis[path]
+        groups[view.m, view.n, P.shape[2], P.dtype, leaves[path].dtype].append(path)
+    places = positions({path: view.batch for path, view in views.items()})
+    bases, rotations, fitted, energy, order = {}, {}, [], [], []
+    for paths in groups.values():
+        index = jnp.concatenate([jnp.arange(places[p].start, places[p].stop) for p in paths])
+        pick = lambda tree, paths=paths: {path: tree[path] for path in paths}
+        group = _refit_equal_shapes(fit, key, pick(leaves), pick(views), pick(basis), pending[index])
+        bases |= group.basis
+        rotations |= group.rotation
+        fitted.append(group.fitted)
+        energy.append(group.energy)
+        order.append(index)
+    in_place = jnp.argsort(jnp.concatenate(order))
+    return Refit(bases, rotations, jnp.concatenate(fitted)[in_place], jnp.concatenate(energy)[in_place])
 
 
 def _refit_equal_shapes(fit, key, leaves, views, basis, pending) -> Refit:
     paths = list(views)
-    leaf_of = [index for index, path in enumerate(paths) for _ in range(views[path].batch)]
-    layer_of = [layer for path in paths for layer in range(views[path].batch)]
-    names = [zlib.crc32(path.encode()) for path in paths]
-    rank, dtype = basis[paths[0]].shape[2], basis[paths[0]].dtype
-    identity = jnp.eye(rank, dtype=dtype)
+    batches = [view.batch for view in views.values()]
+    leaf_of = jnp.array([leaf for leaf, b in enumerate(batches) for _ in range(b)])
+    layer_of = jnp.array([layer for b in batches for layer in range(b)])
+    names = jnp.array([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
+    dtype = basis[paths[0]].dtype
+    identity = jnp.eye(basis[paths[0]].shape[2], dtype=dtype)
 
     def one(matrix):
         leaf, layer, wait = matrix
-        load = lambda branches: lax.switch(leaf, branches, layer)
-        P = load([lambda i, P=basis[path]: P[i] for path in paths])
-        kept = lambda: (P, identity, False, jnp.float32(0))
+        load = lambda read: lax.switch(leaf, [lambda i, path=path: read(path, i) for path in paths], layer)
+        P = load(lambda path, i: basis[path][i])
+        keep = lambda: (P, identity, False, jnp.float32(0))
 
         def try_fit():
-            G = load([lambda i, path=path: views[path].matrix(leaves[path], i) for path in paths]).astype(dtype)
+            G = load(lambda path, i: views[path].matrix(leaves[path], i)).astype(dtype)
             largest = jnp.max(jnp.abs(G))
             usable = jnp.isfinite(largest) & (largest > jnp.finfo(dtype).tiny)
-            return lax.cond(usable, lambda: fitted(G / largest, largest), kept)
+            return lax.cond(usable, lambda: fit_one(G / largest, largest), keep)
 
-        def fitted(G, unit):
-            sketch_key = jax.random.fold_in(jax.random.fold_in(key, jnp.array(names, jnp.uint32)[leaf]), layer)
+        def fit_one(G, unit):
+            sketch_key = jax.random.fold_in(jax.random.fold_in(key, names[leaf]), layer)
             P_new = fit(sketch_key, G, P).astype(dtype)
             return P_new, matmul(P_new.T, P), True, (jnp.sum(jnp.square(G)) * unit**2).astype(jnp.float32)
 
-        return lax.cond(wait, try_fit, kept)
+        return lax.cond(wait, try_fit, keep)
 
-    def all_of_them():
-        stacked = lax.map(one, (jnp.array(leaf_of), jnp.array(layer_of), jnp.concatenate(list(pending.values()))))
-        ends = [sum(views[path].batch for path in paths[: i + 1]) for i in range(len(paths))]
-        split = lambda x: dict(zip(paths, jnp.split(x, ends[:-1]), strict=True))
-        return Refit(*map(split, stacked))
+    def loop():
+        P, Q, fitted, energy = lax.map(one, (leaf_of, layer_of, pending))
+        split = lambda x: dict(zip(paths, jnp.split(x, list(itertools.accumulate(batches))[:-1]), strict=True))
+        return Refit(split(P), split(Q), fitted, energy)
 
-    def none_of_them():
-        per_matrix = lambda value: {path: jnp.broadcast_to(value, (view.batch, *value.shape)) for path, view in views.items()}
-        return Refit(basis, per_matrix(identity), per_matrix(jnp.array(False)), per_matrix(jnp.float32(0)))
+    def skip():
+        rotation = {path: jnp.broadcast_to(identity, (view.batch, *identity.shape)) for path, view in views.items()}
+        return Refit(basis, rotation, jnp.zeros_like(pending), jnp.zeros(pending.shape, jnp.float32))
 
-    return lax.cond(jnp.any(jnp.concatenate(list(pending.values()))), all_of_them, none_of_them)
+    return lax.cond(jnp.any(pending), loop, skip)
 
 
 def next_statistics(stats: Statistics, count, pending, fitted, finite, energy, total) -> Statistics:
-    """Statistics after a step.
+    """Statistics after a step; all arguments but `count` are (k,).
 
     Args:
       stats, count: before the step.
-      pending, fitted, finite: dicts of (b,) bools: a refit was due, it took place, the gradient was finite.
-      energy: dict of (b,) ‖R‖².
-      total: dict of (b,) ‖G‖² where it was measured, else 0.
+      pending, fitted, finite: bool: a refit was due, it took place, the gradient was finite.
+      energy: ‖R‖².
+      total: ‖G‖² where it was measured, else 0.
     """
-
-    def leaf(last_fit, skips, captured, fit_norm, norm, pending, fitted, finite, energy, total):
-        energy = jnp.where(finite, energy, 0.0).astype(jnp.float32)
-        length = jnp.sqrt(energy)
-        measured = finite & (total > 0)
-        return (
-            jnp.where(fitted, count, last_fit),
-            pending & ~fitted,
-            skips + ((pending & ~fitted) | ~finite),
-            jnp.where(measured, energy / jnp.where(measured, total, 1.0), captured).astype(jnp.float32),
-            jnp.where(fitted, length, fit_norm),
-            jnp.where(fitted, length, jnp.where(finite, 0.9 * norm + 0.1 * length, norm)),
-        )
-
-    kept = (stats.last_fit, stats.skips, stats.captured, stats.fit_norm, stats.norm)
-    seen = (pending, fitted, finite, energy, total)
-    columns = {path: leaf(*(tree[path] for tree in kept + seen)) for path in stats.last_fit}
-    return Statistics(*({path: column[i] for path, column in columns.items()} for i in range(6)))
+    energy = jnp.where(finite, energy, 0).astype(jnp.float32)
+    length = jnp.sqrt(energy)
+    measured = finite & (total > 0)
+    return Statistics(
+        last_fit=jnp.where(fitted, count, stats.last_fit),
+        pending=pending & ~fitted,
+        skips=stats.skips + ((pending & ~fitted) | ~finite),
+        captured=jnp.where(measured, energy / jnp.where(measured, total, 1), stats.captured),
+        fit_norm=jnp.where(fitted, length, stats.fit_norm),
+        norm=jnp.where(fitted, length, jnp.where(finite, 0.9 * stats.norm + 0.1 * length, stats.norm)),
+    )

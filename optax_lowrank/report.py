@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowrank.low_rank import LowRankState
+from optax_lowrank.refresh import Statistics, positions
 from optax_lowrank.views import flatten_by_path, owner
 
 
@@ -42,17 +43,23 @@ def diagnostics(state) -> dict[str, LeafDiagnostics]:
     """
     found = {}
     for low_rank_state in _low_rank_states(state):
-        basis, stats, (count,) = low_rank_state.basis, low_rank_state.stats, jax.tree.leaves(low_rank_state.count)
-        array = lambda tree, path: jax.tree.leaves(tree[path])[0]  # wrappers such as nnx box their arrays
-        for path in basis if isinstance(basis, dict) else ():
-            last_fit = array(stats.last_fit, path)
+        # a leaf at a time, since wrappers such as nnx box the arrays
+        stats = Statistics(*jax.tree.leaves(low_rank_state.stats))
+        (count,) = jax.tree.leaves(low_rank_state.count)
+        bases = {path: jax.tree.leaves(low_rank_state.basis[path])[0] for path in _paths(low_rank_state)}
+        for path, place in positions({path: len(P) for path, P in bases.items()}).items():
+            last_fit = stats.last_fit[place]
             found[path] = LeafDiagnostics(
-                rank=jnp.sum(jnp.any(array(basis, path) != 0, axis=1), axis=1),
-                captured_energy=array(stats.captured, path),
+                rank=jnp.sum(jnp.any(bases[path] != 0, axis=1), axis=1),
+                captured_energy=stats.captured[place],
                 steps_since_refresh=jnp.where(last_fit < 0, -1, count - 1 - last_fit),
-                skips=array(stats.skips, path),
+                skips=stats.skips[place],
             )
     return found
+
+
+def _paths(low_rank_state):
+    return low_rank_state.basis if isinstance(low_rank_state.basis, dict) else ()  # a scalar: no leaves
 
 
 def _low_rank_states(state):
@@ -146,7 +153,7 @@ def memory_report(tx: optax.GradientTransformation, params, state: Any = None) -
     if state is None:
         state = jax.eval_shape(tx.init, params)
     leaves, _ = flatten_by_path(params)
-    bases = {p for s in _low_rank_states(state) for p in (s.basis if isinstance(s.basis, dict) else ())}
+    bases = {path for low_rank_state in _low_rank_states(state) for path in _paths(low_rank_state)}
     arrays, counters = dict.fromkeys(leaves, 0), 0
     for key_path, x in jax.tree_util.tree_flatten_with_path(state)[0]:
         path = owner(key_path, leaves)
