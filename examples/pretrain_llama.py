@@ -1,0 +1,391 @@
+"""Pretrain a small Llama on real text with any optimizer of `optax_lowrank`, or one to compare it with.
+
+    python examples/pretrain_llama.py                         # nano, galore, the shipped book: minutes
+    python examples/pretrain_llama.py --resume                # the same, continued after Ctrl-C
+    python examples/pretrain_llama.py --optimizer adamw
+    python examples/pretrain_llama.py --size 60m --corpus newsgroups --tokenizer bpe --vocab-size 32000
+    python examples/pretrain_llama.py --size 1b --tokenizer bpe --vocab-size 32000 --memory
+
+In `--out` it leaves `metrics.jsonl` (one JSON object a line), `checkpoints/`, `loss.png` and
+`result.json`.  The matrices of the layers have the optimizer's learning rate `--lr`; embedding, head and
+norms have AdamW at `--dense-lr`, because a rate that `--scale` reduces in the subspace is too hot for them.
+"""
+
+import os
+
+# Threaded LAPACK beside any busy process is slower by orders of magnitude; read at import.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib.figure
+import numpy as np
+import optax
+import optax.contrib
+import orbax.checkpoint as ocp
+import text
+from flax import nnx
+from llama import SIZES, LlamaConfig, abstract_llama, init_params
+from tqdm import tqdm
+
+import optax_lowrank
+
+BASELINES = ("adamw", "contrib-galore", "muon")
+# Peak learning rates, from grids of 100 steps of `nano` on the shipped book (`compare.py` makes them).
+LEARNING_RATES = {"adamw": 3e-3, "muon": 2e-2}
+LOW_RANK_LEARNING_RATE = 2e-2  # every other one: with `scale` 0.25, 5e-3 in the subspace
+LOG_EVERY = 10  # steps between two looks at the device, because each look waits for it
+MAY_BE_ZERO = {"seed", "resume", "memory"}
+MAY_CHANGE_ON_RESUME = {"out", "resume", "memory", "eval_every", "checkpoint_every"}
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument("--optimizer", default="galore", help=", ".join([*aliases(), *BASELINES]))
+    p.add_argument("--size", choices=SIZES, default="nano")
+    p.add_argument("--rank", type=int, help="of the subspace; None: a quarter of the hidden size")
+    p.add_argument("--update-proj-gap", type=int, default=200, help="steps between two refits")
+    p.add_argument("--scale", type=float, default=0.25, help="of the step in the subspace")
+    p.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other argument of the optimizer, e.g. state_bits=8; may be repeated",
+    )
+    p.add_argument("--lr", type=float, help="peak learning rate; None: by optimizer")
+    p.add_argument("--dense-lr", type=float, default=3e-3, help="of AdamW on embed, head and norms")
+    p.add_argument("--weight-decay", type=float, default=0.0, help="decoupled; norms are exempt")
+    p.add_argument("--clip", type=float, default=1.0, help="largest global norm of the gradient")
+    p.add_argument("--warmup", type=float, default=0.1, help="share of steps; cosine follows")
+    p.add_argument("--steps", type=int, default=400)
+    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--seq-len", type=int, default=128)
+    p.add_argument("--corpus", nargs="+", default=[], help="files or newsgroups; none: the book")
+    p.add_argument("--tokenizer", choices=("bytes", "bpe"), default="bytes")
+    p.add_argument("--vocab-size", type=int, default=4096, help="of bpe")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--eval-every", type=int, default=50, metavar="STEPS")
+    p.add_argument("--eval-batches", type=int, default=16)
+    p.add_argument("--checkpoint-every", type=int, default=200, metavar="STEPS")
+    p.add_argument("--out", type=Path, help="folder of the run; None: runs/OPTIMIZER-SIZE")
+    p.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    p.add_argument("--memory", action="store_true", help="print the memory table and stop")
+    return p
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options with their defaults filled in, checked."""
+    p = parser()
+    args = p.parse_args(argv)
+    known = [*aliases(), *BASELINES]
+    if args.optimizer not in known:
+        p.error(f"--optimizer {args.optimizer}: unknown. There is {', '.join(known)}.")
+    for name, value in vars(args).items():
+        if isinstance(value, int) and value < 1 and name not in MAY_BE_ZERO:
+            p.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for option in args.option:
+        if "=" not in option:
+            p.error(f"--option {option}: write it as NAME=VALUE")
+    args.rank = SIZES[args.size].hidden // 4 if args.rank is None else args.rank
+    args.lr = default_lr(args.optimizer) if args.lr is None else args.lr
+    args.out = args.out or Path("runs") / f"{args.optimizer}-{args.size}"
+    return args
+
+
+def default_lr(optimizer: str) -> float:
+    return LEARNING_RATES.get(optimizer, LOW_RANK_LEARNING_RATE)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that define the run: what `--resume` must find unchanged."""
+    return {k: v for k, v in vars(args).items() if k not in MAY_CHANGE_ON_RESUME}
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """`--out` must hold the run that is to be continued, or none."""
+    file = args.out / "settings.json"
+    if file.exists():
+        if not args.resume:
+            raise SystemExit(f"{args.out} holds a run: --resume it, or choose another --out.")
+        old, new = json.loads(file.read_text()), settings(args)
+        changed = [f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in new if old.get(k) != new[k]]
+        if changed:
+            raise SystemExit(f"{args.out} began with other settings: {'; '.join(changed)}.")
+    elif args.resume:
+        raise SystemExit(f"--resume: {args.out} holds no run. Leave --resume out to begin one.")
+
+
+# -------------------------------------------------------------------------------------------------- optimizer
+
+
+def aliases() -> list[str]:
+    """The optimizers that the library exports: what takes a learning rate first, and a rank."""
+
+    def is_alias(function: Any) -> bool:
+        names = list(inspect.signature(function).parameters)
+        return names[:1] == ["learning_rate"] and "rank" in names
+
+    return [n for n, f in inspect.getmembers(optax_lowrank, inspect.isfunction) if is_alias(f)]
+
+
+def schedule(args: argparse.Namespace, peak: float) -> optax.Schedule:
+    warmup = round(args.warmup * args.steps)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, args.steps, end_value=peak / 10)
+
+
+def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
+    """Clipping, then the optimizer on the matrices of the layers and AdamW on everything else."""
+    lr = schedule(args, args.lr)
+    decay = {
+        "weight_decay": args.weight_decay,
+        "mask": lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+    }
+    dense = optax.adamw(schedule(args, args.dense_lr), **decay)
+    low_rank = {"rank": args.rank, "update_proj_gap": args.update_proj_gap, "scale": args.scale}
+    options = {k: literal(v) for k, v in (option.split("=", 1) for option in args.option)}
+    match args.optimizer:
+        case "adamw":
+            tx = optax.adamw(lr, **decay, **options)
+        case "contrib-galore":
+            tx = matrices(optax.contrib.galore(lr, **low_rank, **decay, **options), dense)
+        case "muon":
+            tx = matrices(optax.contrib.muon(lr, weight_decay=args.weight_decay, **options), dense)
+        case alias:
+            make = getattr(optax_lowrank, alias)
+            tx = make(lr, **low_rank, **decay, dense=dense, seed=args.seed, **options)
+    return optax.chain(optax.clip_by_global_norm(args.clip), tx)
+
+
+def matrices(
+    matrix: optax.GradientTransformation, dense: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """The split that the library makes by itself: only the kernels inside the layers are matrices."""
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return "matrix" if "kernel" in name and "lm_head" not in name else "dense"
+
+    parts = {"matrix": matrix, "dense": dense}
+    return optax.partition(parts, functools.partial(jax.tree_util.tree_map_with_path, label))
+
+
+def literal(value: str) -> Any:
+    """`8`, `1e-3`, `True` and `None` as Python reads them; any other word is a string."""
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+class TrainState(NamedTuple):
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+def loss_fn(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> jax.Array:
+    """Mean cross entropy, in nats per token, of tokens (batch, time + 1)."""
+    logits = nnx.merge(graph, params)(tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def compile_step(
+    graph: nnx.GraphDef, tx: optax.GradientTransformation, state: TrainState, tokens: np.ndarray
+) -> Any:
+    """The training step, compiled ahead of time: it cannot retrace, and reuses the state's buffers."""
+
+    def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, jax.Array]:
+        loss, grads = jax.value_and_grad(loss_fn, argnums=1)(graph, state.params, tokens)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
+
+    return jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
+
+
+class Metrics:
+    """`metrics.jsonl`: appended to as the run goes, cut back to the checkpoint on resume."""
+
+    def __init__(self, file: Path, step: int):
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.records = [record for record in map(json.loads, lines) if record["step"] <= step]
+        self.file = file
+        self.start = time.perf_counter() - (self.records[-1]["elapsed_s"] if self.records else 0.0)
+        file.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+
+    def add(self, **record: Any) -> None:
+        record["elapsed_s"] = time.perf_counter() - self.start
+        self.records.append(record)
+        with self.file.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        chosen = [record for record in self.records if key in record]
+        return [record["step"] for record in chosen], [record[key] for record in chosen]
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[list[int]]:
+    """A list that Ctrl-C or SIGTERM makes non-empty: the step in flight ends first; twice interrupts."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: Any) -> None:
+        del frame
+        caught.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def checkpoints(folder: Path) -> ocp.CheckpointManager:
+    # Not asynchronous: the next step reuses the buffers that would still be being written.
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def train(
+    args: argparse.Namespace,
+    config: LlamaConfig,
+    tx: optax.GradientTransformation,
+    tokens: text.Tokens,
+) -> Metrics:
+    """Run from the first step, or the last checkpoint, to `--steps` or Ctrl-C."""
+    graph, _ = abstract_llama(config)
+    shape = (args.batch_size, args.seq_len)
+    params = init_params(config, args.seed)
+    state = TrainState(params, jax.jit(tx.init)(params))
+    valid_loss = jax.jit(functools.partial(loss_fn, graph))
+    valid = tokens.valid_batches(args.eval_batches, *shape)
+
+    with checkpoints(args.out / "checkpoints") as manager, stop_signal() as stop:
+        first = manager.latest_step() or 0
+        if first:
+            state = manager.restore(first, args=ocp.args.StandardRestore(state))
+        metrics = Metrics(args.out / "metrics.jsonl", first)
+        train_step = compile_step(graph, tx, state, tokens.batch(args.seed, 0, *shape))
+
+        def evaluate(step: int) -> None:
+            loss = float(np.mean([valid_loss(state.params, batch) for batch in valid]))
+            metrics.add(step=step, valid_loss=loss)
+            tqdm.write(f"step {step:6d}   validation loss {loss:.4f}", file=sys.stdout)
+
+        if not metrics.records:
+            evaluate(0)
+        bar = tqdm(total=args.steps, initial=first, disable=None)  # None: only on a terminal
+        losses, clock = [], time.perf_counter()  # the losses stay on the device until the next look
+        for step in range(first + 1, args.steps + 1):
+            state, loss = train_step(state, tokens.batch(args.seed, step, *shape))
+            losses.append(loss)
+            last = step == args.steps or bool(stop)
+            due_eval = step % args.eval_every == 0 or step == args.steps
+            due_save = step % args.checkpoint_every == 0 or last
+            if not (due_eval or due_save or step % LOG_EVERY == 0):
+                continue
+            losses = jax.device_get(losses)
+            seconds = (time.perf_counter() - clock) / len(losses)
+            for at, value in enumerate(losses, step - len(losses) + 1):
+                metrics.add(step=at, loss=float(value), step_ms=1e3 * seconds)
+            speed = f"{math.prod(shape) / seconds:,.0f} tokens/s, {1e3 * seconds:.0f} ms"
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed}")
+            bar.update(len(losses))
+            if due_eval:
+                evaluate(step)
+            if due_save:
+                manager.save(step, args=ocp.args.StandardSave(state))
+            if last:
+                break
+            losses, clock = [], time.perf_counter()
+        bar.close()
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------- result
+
+
+def plot(metrics: Metrics, title: str, file: Path) -> None:
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*metrics.series("loss"), linewidth=0.8, alpha=0.6, label="training")
+    axes.plot(*metrics.series("valid_loss"), marker="o", markersize=3, label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=150)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train as the options say; returns what `result.json` holds."""
+    args = parse(argv)
+    vocab = args.vocab_size if args.tokenizer == "bpe" else 256
+    config = dataclasses.replace(SIZES[args.size], vocab=vocab, dtype=args.dtype)
+    tx = make_optimizer(args)
+    memory = optax_lowrank.memory_report(tx, abstract_llama(config)[1])
+    print(f"Llama {args.size}, {args.optimizer}, learning rate {args.lr:g}\n\n{memory}\n")
+    result = {
+        "settings": settings(args),
+        "parameter_bytes": memory.parameters,
+        "state_bytes": memory.state,
+        "adamw_bytes": memory.adamw,
+        "finished": False,
+    }
+    if args.memory:
+        return result
+
+    check_out(args)
+    corpus = text.read_corpus(args.corpus)
+    args.out.mkdir(parents=True, exist_ok=True)
+    bpe_file = args.out / "tokenizer.json" if args.tokenizer == "bpe" else None
+    tokens = text.tokenize(corpus, args.seq_len, vocab, bpe_file, trained=args.resume)
+    (args.out / "settings.json").write_text(json.dumps(settings(args), indent=2))
+    metrics = train(args, config, tx, tokens)
+    step = metrics.records[-1]["step"]
+    if step < args.steps:
+        print(f"Stopped and saved after step {step}. The same command with --resume continues it.")
+        return result
+
+    result |= {
+        "finished": True,
+        "valid_loss": metrics.series("valid_loss")[1][-1],
+        "step_ms": float(np.mean(metrics.series("step_ms")[1])),
+        "wall_s": metrics.records[-1]["elapsed_s"],
+    }
+    (args.out / "result.json").write_text(json.dumps(result, indent=2))
+    plot(metrics, f"Llama {args.size}, {args.optimizer}", args.out / "loss.png")
+    state = f"state {memory.state:,} bytes ({memory.state / memory.adamw:.0%} of AdamW)"
+    print(
+        f"{args.optimizer}: validation loss {result['valid_loss']:.4f}, {state}, "
+        f"{result['wall_s']:.0f} s; see {args.out / 'loss.png'}"
+    )
+    return result
+
+
+if __name__ == "__main__":
+    main()
