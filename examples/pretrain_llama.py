@@ -3,10 +3,11 @@
     python examples/pretrain_llama.py                         # nano, galore, the shipped book: minutes
     python examples/pretrain_llama.py --resume                # the same, continued after Ctrl-C
     python examples/pretrain_llama.py --optimizer adamw
+    python examples/pretrain_llama.py --optimizer adarankgrad --compact-every 50
     python examples/pretrain_llama.py --size 60m --corpus newsgroups --tokenizer bpe --vocab-size 32000
     python examples/pretrain_llama.py --size 1b --tokenizer bpe --vocab-size 32000 --memory
 
-In `--out` it leaves `metrics.jsonl` (one JSON object a line), `checkpoints/`, `loss.png` and
+In `--out` it leaves `metrics.jsonl` (one JSON object a line), `checkpoints/`, `loss.png`, `ranks.png` and
 `result.json`.  The matrices of the layers have the optimizer's learning rate `--lr`; embedding, head and
 norms have AdamW at `--dense-lr`, because a rate that `--scale` reduces in the subspace is too hot for them.
 """
@@ -48,6 +49,7 @@ BASELINES = ("adamw", "contrib-galore", "muon")
 # Peak learning rates, from grids of 100 steps of `nano` on the shipped book (`compare.py` makes them).
 LEARNING_RATES = {"adamw": 3e-3, "muon": 2e-2}
 LOW_RANK_LEARNING_RATE = 2e-2  # every other one: with `scale` 0.25, 5e-3 in the subspace
+HEADROOM = 8  # columns that compaction keeps beyond those in use, since ranks also rise
 LOG_EVERY = 10  # steps between two looks at the device, because each look waits for it
 MAY_BE_ZERO = {"seed", "resume", "memory"}
 MAY_CHANGE_ON_RESUME = {"out", "resume", "memory", "eval_every", "checkpoint_every"}
@@ -65,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", choices=SIZES, default="nano")
     p.add_argument("--rank", type=int, help="of the subspace; None: a quarter of the hidden size")
     p.add_argument("--update-proj-gap", type=int, default=200, help="steps between two refits")
+    p.add_argument(
+        "--compact-every",
+        type=int,
+        metavar="STEPS",
+        help="release the columns that adaptive ranks leave unused; None: never",
+    )
     p.add_argument("--scale", type=float, default=0.25, help="of the step in the subspace")
     p.add_argument(
         "--option",
@@ -242,7 +250,7 @@ class Metrics:
         with self.file.open("a") as out:
             out.write(json.dumps(record) + "\n")
 
-    def series(self, key: str) -> tuple[list[int], list[float]]:
+    def series(self, key: str) -> tuple[list[int], list[Any]]:
         chosen = [record for record in self.records if key in record]
         return [record["step"] for record in chosen], [record[key] for record in chosen]
 
@@ -268,7 +276,18 @@ def stop_signal() -> Iterator[list[int]]:
 def checkpoints(folder: Path) -> ocp.CheckpointManager:
     # Not asynchronous: the next step reuses the buffers that would still be being written.
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    handler = ocp.StandardCheckpointHandler()  # named, so that a new manager can read metadata
+    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler)
+
+
+def restore(
+    manager: ocp.CheckpointManager, tx: optax.GradientTransformation, params: nnx.State
+) -> TrainState:
+    """The last checkpoint, whatever ranks it was compacted to."""
+    step = manager.latest_step()
+    saved = manager.item_metadata(step)["opt_state"]
+    shapes = TrainState(params, optax_lowrank.abstract_state(tx, params, saved))
+    return manager.restore(step, args=ocp.args.StandardRestore(shapes))
 
 
 def train(
@@ -281,20 +300,21 @@ def train(
     graph, _ = abstract_llama(config)
     shape = (args.batch_size, args.seq_len)
     params = init_params(config, args.seed)
-    state = TrainState(params, jax.jit(tx.init)(params))
     valid_loss = jax.jit(functools.partial(loss_fn, graph))
     valid = tokens.valid_batches(args.eval_batches, *shape)
 
     with checkpoints(args.out / "checkpoints") as manager, stop_signal() as stop:
         first = manager.latest_step() or 0
-        if first:
-            state = manager.restore(first, args=ocp.args.StandardRestore(state))
+        begin = lambda: TrainState(params, jax.jit(tx.init)(params))
+        state = restore(manager, tx, params) if first else begin()
         metrics = Metrics(args.out / "metrics.jsonl", first)
         train_step = compile_step(graph, tx, state, tokens.batch(args.seed, 0, *shape))
 
         def evaluate(step: int) -> None:
             loss = float(np.mean([valid_loss(state.params, batch) for batch in valid]))
             metrics.add(step=step, valid_loss=loss)
+            if bases := jax.device_get(optax_lowrank.diagnostics(state.opt_state)):
+                metrics.add(step=step, bases={path: as_lists(d) for path, d in bases.items()})
             tqdm.write(f"step {step:6d}   validation loss {loss:.4f}", file=sys.stdout)
 
         if not metrics.records:
@@ -307,17 +327,24 @@ def train(
             last = step == args.steps or bool(stop)
             due_eval = step % args.eval_every == 0 or step == args.steps
             due_save = step % args.checkpoint_every == 0 or last
-            if not (due_eval or due_save or step % LOG_EVERY == 0):
+            due_compact = args.compact_every and step % args.compact_every == 0
+            if not (due_eval or due_save or due_compact or step % LOG_EVERY == 0):
                 continue
             losses = jax.device_get(losses)
             seconds = (time.perf_counter() - clock) / len(losses)
             for at, value in enumerate(losses, step - len(losses) + 1):
-                metrics.add(step=at, loss=float(value), step_ms=1e3 * seconds)
+                size = state_bytes(state.opt_state)
+                metrics.add(step=at, loss=float(value), step_ms=1e3 * seconds, state_bytes=size)
             speed = f"{math.prod(shape) / seconds:,.0f} tokens/s, {1e3 * seconds:.0f} ms"
             bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed}")
             bar.update(len(losses))
             if due_eval:
                 evaluate(step)
+            if due_compact:
+                smaller = optax_lowrank.compact(tx, state.opt_state, state.params, HEADROOM)
+                if smaller is not state.opt_state:
+                    state = state._replace(opt_state=smaller)
+                    train_step = compile_step(graph, tx, state, tokens.batch(args.seed, 0, *shape))
             if due_save:
                 manager.save(step, args=ocp.args.StandardSave(state))
             if last:
@@ -325,6 +352,14 @@ def train(
             losses, clock = [], time.perf_counter()
         bar.close()
     return metrics
+
+
+def state_bytes(opt_state: optax.OptState) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(opt_state))
+
+
+def as_lists(diagnostics: Any) -> dict[str, list[float]]:
+    return {name: values.tolist() for name, values in diagnostics._asdict().items()}
 
 
 # ----------------------------------------------------------------------------------------------------- result
@@ -338,6 +373,24 @@ def plot(metrics: Metrics, title: str, file: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.legend()
     axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=150)
+
+
+def plot_ranks(metrics: Metrics, title: str, file: Path) -> None:
+    """Mean active rank of the attention and of the MLP kernels of each layer."""
+    steps, bases = (values[1:] for values in metrics.series("bases"))  # none before the first step
+    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(title)
+    layers = 1 + max(int(path.split("/")[1]) for path in bases[0])
+    for axes, part in zip(figure.subplots(1, 2, sharey=True), ("attention", "mlp"), strict=True):
+        for layer in range(layers):
+            ours = [p for p in bases[0] if p.startswith(f"layers/{layer}/{part}/")]
+            ranks = [np.mean([record[path]["rank"] for path in ours]) for record in bases]
+            axes.plot(steps, ranks, marker="o", markersize=3, label=f"layer {layer}")
+        axes.set(xlabel="step", title=part, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    axes.legend()
+    axes.get_figure().supylabel("mean active rank")
     figure.savefig(file, dpi=150)
 
 
@@ -374,12 +427,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     result |= {
         "finished": True,
         "valid_loss": metrics.series("valid_loss")[1][-1],
+        "mean_state_bytes": float(np.mean(metrics.series("state_bytes")[1])),
         "step_ms": float(np.mean(metrics.series("step_ms")[1])),
         "wall_s": metrics.records[-1]["elapsed_s"],
     }
     (args.out / "result.json").write_text(json.dumps(result, indent=2))
-    plot(metrics, f"Llama {args.size}, {args.optimizer}", args.out / "loss.png")
-    state = f"state {memory.state:,} bytes ({memory.state / memory.adamw:.0%} of AdamW)"
+    title = f"Llama {args.size}, {args.optimizer}"
+    plot(metrics, title, args.out / "loss.png")
+    if metrics.series("bases")[0]:
+        plot_ranks(metrics, title, args.out / "ranks.png")
+    mean = result["mean_state_bytes"]
+    state = f"state {mean:,.0f} bytes on average ({mean / memory.adamw:.0%} of AdamW)"
     print(
         f"{args.optimizer}: validation loss {result['valid_loss']:.4f}, {state}, "
         f"{result['wall_s']:.0f} s; see {args.out / 'loss.png'}"

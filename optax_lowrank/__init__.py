@@ -24,6 +24,7 @@ from optax_lowrank.natural_galore import (
 )
 from optax_lowrank.refresh import every as every, on_convergence as on_convergence, on_staleness as on_staleness
 from optax_lowrank.report import diagnostics as diagnostics, memory_report as memory_report
+from optax_lowrank.resize import abstract_state as abstract_state, compact as compact, resize as resize
 from optax_lowrank.views import MatrixAxes as MatrixAxes, describe as describe, matrix_axes as matrix_axes
 
 __version__ = "0.1.0"

@@ -102,8 +102,8 @@ def subspace_iteration() -> Fit:
       >>> import optax_lowrank as ol
       >>> G, P = jnp.diag(jnp.array([4.0, 2.0, 1.0])), jnp.zeros((3, 1))
       >>> for step in range(8): P = ol.subspace_iteration()(jax.random.key(step), G, P)
-      >>> jnp.round(P[:, 0], 3).tolist()
-      [1.0, 0.0, 0.0]
+      >>> jnp.allclose(P[:, 0], jnp.array([1.0, 0.0, 0.0]), atol=1e-3).item()
+      True
 
     Reference: Robert et al. (LDAdam), arXiv:2410.16103, which tracks its subspace by one step per update.
     """

@@ -74,10 +74,10 @@ def galore(
       >>> target = jax.random.normal(jax.random.key(0), (16, 2)) @ jax.random.normal(jax.random.key(1), (2, 32))
       >>> loss = lambda params: jnp.mean((params["kernel"] - target) ** 2)
       >>> params = {"kernel": jnp.zeros((16, 32))}
-      >>> tx = ol.galore(0.1, rank=4, update_proj_gap=20, scale=1.0)
-      >>> state = tx.init(params)
+      >>> tx = ol.galore(0.1, rank=4, scale=1.0)
+      >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for _ in range(100):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     updates, state = update(jax.grad(loss)(params), state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> bool(loss(params) < 0.01 * loss({"kernel": jnp.zeros((16, 32))}))
       True

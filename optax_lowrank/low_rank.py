@@ -26,6 +26,8 @@ gradient dict that the part gets, which are `<path of the leaf>/R`:
 | `steps`            | `residual` | `N`                                                                  |
 """
 
+import contextvars
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -35,6 +37,10 @@ import optax
 from optax_lowrank.fits import Fit, randomized_svd
 from optax_lowrank.refresh import Policy, Statistics, every, initial_statistics, next_statistics, positions, refit
 from optax_lowrank.views import MatrixView, axes_by_path, flatten_by_path, owner
+
+
+# Ranks by path in place of the configured one, set by `resize`. Only `init` looks: `update` goes by the state's shapes.
+other_ranks: contextvars.ContextVar[Mapping[str, int]] = contextvars.ContextVar("other_ranks")
 
 
 class LowRankState(NamedTuple):
@@ -120,7 +126,8 @@ def low_rank(
             # parameters are; scalars answer that there are none
             return LowRankState(count, *(jnp.zeros([]) for _ in range(4)))
         dtype = {path: jnp.promote_types(leaf.dtype, jnp.float32) for path, leaf in leaves.items()}
-        ranks = {path: min(rank, view.m, view.n) for path, view in views.items()}
+        others = other_ranks.get({})
+        ranks = {path: min(others.get(path, rank), view.m, view.n) for path, view in views.items()}
         coords = {p: jax.ShapeDtypeStruct((v.batch, ranks[p], v.n), dtype[p]) for p, v in views.items()}
         rest = {p: jax.ShapeDtypeStruct((v.batch, v.m, v.n), dtype[p]) for p, v in views.items()}
         return LowRankState(

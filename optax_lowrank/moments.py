@@ -175,6 +175,8 @@ class Turn(NamedTuple):
     def on_refresh(self, rule, *moments):
         """`rule(self, *moments)`, a tuple, where the basis was refit; `moments` untouched on an ordinary step."""
         turned = lambda: tuple(new.astype(x.dtype) for new, x in zip(rule(self, *moments), moments, strict=True))
+        if not isinstance(self.refreshed, jax.core.Tracer):  # outside jit a `cond` is compiled anew on every step
+            return turned() if self.refreshed else moments
         return lax.cond(self.refreshed, turned, lambda: moments)
 
     @staticmethod

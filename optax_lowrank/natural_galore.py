@@ -100,11 +100,14 @@ def scale_by_woodbury_fisher(
             if turn is not None:
                 stored, unit, gram = _carried(turn, on_refresh, encode, decode, stored, unit, gram)
             slot = state.count % stored.shape[batch_axes]
+            code = encode(g, stored.dtype)
             put = lambda old, new: lax.dynamic_update_index_in_dim(old, new, slot, batch_axes)
-            code, code_unit = encode(g, stored.dtype)
-            stored, unit = put(stored, code), None if unit is None else put(unit, code_unit)
-            H = _columns(decode(stored, unit), batch_axes)
-            row = matmul(H, lax.dynamic_index_in_dim(H, slot, batch_axes, keepdims=False)[..., None])[..., 0]
+            # Always true: a branch is a wall for XLA, which otherwise pushes into a copy of H for each reader of H.
+            stored, unit = lax.cond(
+                state.count >= 0, lambda old: jax.tree.map(put, old, code), lambda old: old, (stored, unit)
+            )
+            H, column = _columns(decode(stored, unit), batch_axes), decode(*code)
+            row = matmul(H, column.reshape(*H.shape[:batch_axes], -1, 1))[..., 0]
             gram = lax.dynamic_update_index_in_dim(gram, row, slot, batch_axes)
             gram = lax.dynamic_update_index_in_dim(gram, row, slot, batch_axes + 1)
             return stored, unit, gram
@@ -114,7 +117,7 @@ def scale_by_woodbury_fisher(
         pushed = [push(g, *rest) for g, *rest in zip(leaves, *map(treedef.flatten_up_to, columns), strict=True)]
         weights = _weights([gram for *_, gram in pushed], state.count, damping, relative_damping)
         out = [
-            matmul(w[..., None, :], _columns(decode(stored, unit), batch_axes)).reshape(g.shape).astype(g.dtype)
+            _combination(w, decode(stored, unit), batch_axes).astype(g.dtype)
             for g, w, (stored, unit, _) in zip(leaves, weights, pushed, strict=True)
         ]
         stored, unit, gram = (treedef.unflatten(column) for column in zip(*pushed, strict=True))
@@ -128,6 +131,13 @@ def scale_by_woodbury_fisher(
 def _columns(stored, batch_axes):
     """(b, s, r, n) as (b, s, d): Hᵀ, the stored gradients in rows."""
     return stored.reshape(*stored.shape[: batch_axes + 1], -1)
+
+
+def _combination(w, H, batch_axes):
+    """H w. A sum of s terms is one pass over H; as a product of a row with a matrix it is several times slower."""
+    column = lambda i: lax.index_in_dim(H, i, batch_axes, keepdims=False)
+    weight = lambda i: jnp.expand_dims(w[..., i], range(batch_axes, H.ndim - 1))
+    return sum(weight(i) * column(i) for i in range(H.shape[batch_axes]))
 
 
 def _weights(grams, count, damping, relative):

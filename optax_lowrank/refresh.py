@@ -6,6 +6,7 @@ predicate would turn `lax.cond` into a select that factorizes every matrix on ev
 """
 
 import collections
+import functools
 import itertools
 import zlib
 from collections.abc import Callable, Mapping
@@ -171,7 +172,7 @@ def refit(fit: Fit, key, leaves, views: Mapping[str, MatrixView], basis, pending
     for paths in groups.values():
         index = jnp.concatenate([jnp.arange(places[p].start, places[p].stop) for p in paths])
         pick = lambda tree, paths=paths: {path: tree[path] for path in paths}
-        group = _refit_equal_shapes(fit, key, pick(leaves), pick(views), pick(basis), pending[index])
+        group = _refit_equal_shapes(fit, tuple(pick(views).items()), key, pick(leaves), pick(basis), pending[index])
         bases |= group.basis
         rotations |= group.rotation
         fitted.append(group.fitted)
@@ -181,7 +182,9 @@ def refit(fit: Fit, key, leaves, views: Mapping[str, MatrixView], basis, pending
     return Refit(bases, rotations, jnp.concatenate(fitted)[in_place], jnp.concatenate(energy)[in_place])
 
 
-def _refit_equal_shapes(fit, key, leaves, views, basis, pending) -> Refit:
+@functools.partial(jax.jit, static_argnums=(0, 1))  # so that a step outside jit does not compile it again
+def _refit_equal_shapes(fit, views, key, leaves, basis, pending) -> Refit:
+    views = dict(views)
     paths = list(views)
     batches = [view.batch for view in views.values()]
     leaf_of = jnp.array([leaf for leaf, b in enumerate(batches) for _ in range(b)])

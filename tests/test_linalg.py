@@ -1,0 +1,221 @@
+"""One-matrix maths: bases are orthonormal whatever they are made of, and agree with LAPACK in float64."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from optax_lowrank import linalg
+
+# A list rather than ranges: every shape is compiled once.
+SHAPES = [(1, 1), (7, 1), (5, 5), (12, 4), (40, 17)]
+DTYPES = [np.float32, np.float64]
+EPS = {dtype: np.finfo(dtype).eps for dtype in DTYPES}
+
+orthonormalize, left_singular_vectors, subspace_step, push_through_weights = map(
+    jax.jit,
+    (
+        linalg.orthonormalize,
+        linalg.left_singular_vectors,
+        linalg.subspace_step,
+        linalg.push_through_weights,
+    ),
+)
+seeds, shapes, dtypes = st.integers(0, 2**32 - 1), st.sampled_from(SHAPES), st.sampled_from(DTYPES)
+
+
+def x64(dtype):
+    return jax.enable_x64(True) if dtype == np.float64 else contextlib.nullcontext()
+
+
+def call(function, *arrays):
+    """`function` in the dtype of its first argument; the result as float64."""
+    with x64(arrays[0].dtype), jax.numpy_dtype_promotion("strict"):
+        result = function(*map(jnp.asarray, arrays))
+        assert result.dtype == arrays[0].dtype
+        return np.asarray(result, np.float64)
+
+
+def orthonormal(random, m, r):
+    return np.linalg.qr(random.standard_normal((m, r)))[0]
+
+
+def with_singular_values(random, m, n, values):
+    values = np.asarray(values)
+    return (orthonormal(random, m, len(values)) * values) @ orthonormal(random, n, len(values)).T
+
+
+def assert_orthonormal_or_zero(Q, rank):
+    """QᵀQ is diagonal with `rank` ones and zeros elsewhere."""
+    gram = Q.T @ Q
+    kept = np.diag(gram) > 0.5
+    assert kept.sum() == rank
+    # the bound that the core promises for its bases
+    np.testing.assert_allclose(gram, np.diag(kept), rtol=0, atol=1e-5)
+    assert not Q[:, ~kept].any()
+
+
+# Signs
+
+
+@given(shape=shapes, seed=seeds)
+def test_fix_signs_makes_the_largest_entry_positive(shape, seed):
+    P = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    fixed = call(linalg.fix_signs, P)
+    largest = np.abs(P).argmax(axis=0)
+    assert (fixed[largest, range(shape[1])] > 0).all()
+    np.testing.assert_array_equal(np.abs(fixed), np.abs(P))
+    flips = np.where(np.arange(shape[1]) % 2, -1, 1).astype(np.float32)
+    np.testing.assert_array_equal(call(linalg.fix_signs, P * flips), fixed)
+
+
+def test_fix_signs_takes_the_first_of_equals_and_keeps_zeros():
+    P = np.array([[-2.0, 1.0, 0.0], [2.0, -1.0, 0.0]], np.float32)
+    assert call(linalg.fix_signs, P).tolist() == [[2, 1, 0], [-2, -1, 0]]
+
+
+# Orthonormal bases
+
+
+@given(
+    shape=shapes, dtype=dtypes, seed=seeds, decades=st.floats(0, 5), exponent=st.integers(-12, 12)
+)
+def test_orthonormalize_keeps_graded_columns_at_any_scale(shape, dtype, seed, decades, exponent):
+    """Singular values falling over up to five decades, the whole matrix scaled by 1e-12 to 1e12."""
+    random, (m, r) = np.random.default_rng(seed), shape
+    values = 10.0 ** (exponent - decades * np.linspace(0, 1, r))
+    Y = with_singular_values(random, m, r, values).astype(dtype)
+    Q = call(orthonormalize, Y)
+    assert_orthonormal_or_zero(Q, rank=r)
+    Y = Y.astype(np.float64)
+    # nothing of Y is left outside: round-off of sums of m terms and of r × r solves
+    assert np.linalg.norm(Y - Q @ (Q.T @ Y), 2) <= 50 * EPS[dtype] * np.linalg.norm(Y, 2)
+
+
+@given(shape=shapes, dtype=dtypes, seed=seeds, data=st.data())
+def test_orthonormalize_gives_zero_columns_for_lost_rank(shape, dtype, seed, data):
+    random, (m, r) = np.random.default_rng(seed), shape
+    rank = data.draw(st.integers(0, r), label="rank")
+    Y = with_singular_values(random, m, r, random.uniform(0.1, 1, rank)).astype(dtype)
+    Q = call(orthonormalize, Y)
+    assert_orthonormal_or_zero(Q, rank)
+    Y = Y.astype(np.float64)
+    # what is dropped is shorter than 1e-6 of the norm
+    assert np.linalg.norm(Y - Q @ (Q.T @ Y), 2) <= 1e-6 * np.linalg.norm(Y, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_orthonormalize_of_equal_and_zero_columns(shape, dtype):
+    assert not call(orthonormalize, np.zeros(shape, dtype)).any()
+    assert_orthonormal_or_zero(call(orthonormalize, np.ones(shape, dtype)), rank=1)
+    one_left = np.eye(*shape, dtype=dtype) * (np.arange(shape[1]) == 0)
+    assert_orthonormal_or_zero(call(orthonormalize, one_left.astype(dtype)), rank=1)
+
+
+@given(shape=shapes, dtype=dtypes, seed=seeds, data=st.data())
+def test_left_singular_vectors_are_those_of_lapack(shape, dtype, seed, data):
+    """Singular values 1, 1/2, 1/4, … down to 1/64 repeatedly apart, then exact zeros."""
+    random, (m, r) = np.random.default_rng(seed), shape
+    rank = data.draw(st.integers(0, min(r, 7)), label="rank")
+    Y = with_singular_values(random, m, r, 0.5 ** np.arange(rank)).astype(dtype)
+    U = call(left_singular_vectors, Y)
+    assert_orthonormal_or_zero(U, rank)
+    assert not U[:, rank:].any()  # zero columns last
+
+    want = np.linalg.svd(Y.astype(np.float64), full_matrices=False)[0][:, :rank]
+    aligned = np.abs(np.sum(U[:, :rank] * want, axis=0))
+    # an eigenvector of the r × r Gram matrix turns by round-off over the gap of squares, 3/4 · 4^-6
+    # at the smallest: sin² of that angle is missing from the cosine
+    np.testing.assert_allclose(aligned, 1, rtol=0, atol=1e5 * EPS[dtype])
+    largest = np.abs(U[:, :rank]).argmax(axis=0)
+    assert (U[largest, range(rank)] > 0).all()
+
+
+# Subspace iteration
+
+
+@given(seed=seeds, ratio=st.floats(0.05, 0.8))
+def test_subspace_step_converges_at_its_rate(seed, ratio):
+    """tan of the angle to the leading subspace falls by (σ_{r+1} / σ_r)² a step."""
+    random, (m, n, r) = np.random.default_rng(seed), (14, 20, 3)
+    values = np.concatenate([[3.0, 2.0, 1.0], ratio * random.uniform(0.1, 1, m - r)])
+    values[r] = ratio
+    G = with_singular_values(random, m, n, values)
+    U = np.linalg.svd(G)[0]
+
+    def tangent(P):
+        return np.linalg.norm(U[:, r:].T @ P @ np.linalg.inv(U[:, :r].T @ P), 2)
+
+    P = orthonormal(random, m, r)
+    for _ in range(4):
+        before, P = tangent(P), call(subspace_step, G, P)
+        # 1 % and 1e-12: round-off in float64
+        assert tangent(P) <= 1.01 * ratio**2 * before + 1e-12
+        assert_orthonormal_or_zero(P, rank=r)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_subspace_step_of_a_matrix_with_less_rank_than_columns(dtype):
+    random = np.random.default_rng(0)
+    G = with_singular_values(random, 12, 9, [2.0, 1.0]).astype(dtype)
+    P = call(subspace_step, G, random.standard_normal((12, 4)).astype(dtype))
+    assert_orthonormal_or_zero(P, rank=2)
+    assert not P[:, 2:].any()
+    np.testing.assert_allclose(P @ (P.T @ G), G, rtol=0, atol=1e-5)
+    assert not call(subspace_step, np.zeros_like(G), P.astype(dtype)).any()
+
+
+# The damped solve
+
+
+def damped_solve(H, e, damping):
+    """(λI + H Hᵀ)⁻¹ H e through the weights of the columns of H."""
+    return H.astype(np.float64) @ call(push_through_weights, H.T @ H, e, damping)
+
+
+@given(seed=seeds, dtype=dtypes, decades=st.floats(-3, 2), size=st.floats(-3, 3))
+def test_push_through_weights_give_the_dense_inverse(seed, dtype, decades, size):
+    """λ over five decades of the mean squared column."""
+    random, (d, s) = np.random.default_rng(seed), (12, 3)
+    H = (10**size * random.standard_normal((d, s))).astype(dtype)
+    e = random.standard_normal(s).astype(dtype)
+    damping = np.asarray(10**decades * np.mean(np.sum(np.square(H), axis=0)), dtype)
+    got = damped_solve(H, e, damping)
+    H, e = H.astype(np.float64), e.astype(np.float64)
+    dense = damping * np.eye(d) + H @ H.T
+    want = np.linalg.solve(dense, H @ e)
+    condition = np.linalg.cond(H.T @ H + damping * np.eye(s)) * np.linalg.cond(H)
+    # round-off of ours, and of the float64 reference
+    tolerance = 20 * (EPS[dtype] * condition + EPS[np.float64] * np.linalg.cond(dense))
+    assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+
+
+def test_push_through_weights_keep_digits_where_woodbury_loses_them():
+    """Two equal columns and a small λ: x = g / (λ + 2 ‖g‖²), where the printed form subtracts equals."""
+    g = np.random.default_rng(0).standard_normal(500).astype(np.float32)
+    damping = np.asarray(1e-4 * g @ g, np.float32)
+    H, e = np.stack([g, g], axis=1), np.array([0, 1], np.float32)
+    want = g.astype(np.float64) / (damping + 2 * float(g.astype(np.float64) @ g))
+
+    def error(x):
+        return np.linalg.norm(x - want) / np.linalg.norm(want)
+
+    condition = 2e4  # of λI + HᵀH
+    assert error(damped_solve(H, e, damping)) < condition * EPS[np.float32]
+    inverse = np.linalg.inv(damping * np.eye(2, dtype=np.float32) + H.T @ H)
+    assert error(g / damping - H @ (inverse @ (H.T @ g)) / damping) > condition * EPS[np.float32]
+
+
+def test_push_through_weights_of_a_batch():
+    random = np.random.default_rng(0)
+    H = random.standard_normal((2, 6, 3)).astype(np.float32)
+    e, damping = np.ones((2, 3), np.float32), np.array([0.5, 2.0], np.float32)
+    got = call(push_through_weights, H.mT @ H, e, damping)
+    want = [
+        call(push_through_weights, h.T @ h, *rest) for h, *rest in zip(H, e, damping, strict=True)
+    ]
+    np.testing.assert_allclose(got, want, rtol=1e-5)

@@ -1,0 +1,166 @@
+"""Reports: found inside every wrapper, and their bytes are those of the state."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import optax_lowrank as ol
+
+from .helpers import OPTIMIZERS, PROBLEMS, gradients, normal_tree, run
+
+SVD = ol.svd()
+galore = functools.partial(ol.galore, 0.1, rank=2, update_proj_gap=3, fit=SVD)
+PROJECTED = {"hidden/kernel", "out/kernel"}
+STATIC = ol.INJECT_STATIC_ARGS
+
+
+@functools.lru_cache
+def plain_report():
+    params, grads = normal_tree("mlp", seed=0), gradients("mlp", steps=5)
+    _, state, _ = run(galore(), params, grads)
+    return ol.diagnostics(state)
+
+
+def test_diagnostics_of_a_run():
+    """Five updates, refit at 0 and 3; the captured energy is that of the gradient at 3."""
+    report, gradient = plain_report(), gradients("mlp", steps=5)[3]
+    assert report.keys() == PROJECTED
+    for name in ("hidden", "out"):
+        leaf = report[f"{name}/kernel"]
+        assert (leaf.rank.tolist(), leaf.skips.tolist()) == ([2], [0])
+        assert leaf.steps_since_refresh.tolist() == [1]
+        values = np.linalg.svd(gradient[name]["kernel"], compute_uv=False)
+        share = np.square(values[:2]).sum() / np.square(values).sum()
+        np.testing.assert_allclose(leaf.captured_energy, [share], rtol=1e-5)
+
+
+WRAPPERS = {
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1e9), galore()),
+    "partition": lambda: optax.partition(
+        {"a": galore(), "b": galore()}, {"embed": "a", "hidden": "a", "out": "b"}
+    ),
+    "masked": lambda: optax.masked(galore(), {"embed": True, "hidden": True, "out": True}),
+    "multi_steps": lambda: optax.MultiSteps(galore(), every_k_schedule=1),
+    "apply_if_finite": lambda: optax.apply_if_finite(galore(), 3),
+    "inject": lambda: optax.inject_hyperparams(ol.galore, STATIC)(
+        learning_rate=0.1, rank=2, update_proj_gap=3, fit=SVD
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_diagnostics_inside(wrapper):
+    tx = WRAPPERS[wrapper]()
+    _, state, _ = run(tx, normal_tree("mlp", seed=0), gradients("mlp", steps=5))
+    report = ol.diagnostics(state)
+    assert report.keys() == PROJECTED
+    for path, want in plain_report().items():
+        assert jax.tree.map(jnp.shape, report[path]) == jax.tree.map(jnp.shape, want)
+        for got, value in zip(report[path], want, strict=True):
+            np.testing.assert_allclose(got, value, rtol=1e-5)
+
+
+def test_diagnostics_of_an_nnx_optimizer():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.hidden = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
+
+    model = Model()
+    optimizer = nnx.Optimizer(model, galore(), wrt=nnx.Param)
+    (before,) = ol.diagnostics(optimizer.opt_state).values()
+    assert (before.rank.tolist(), before.steps_since_refresh.tolist()) == ([0], [-1])
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    step = nnx.jit(lambda model, optimizer: optimizer.update(model, grads))
+    for _ in range(2):
+        step(model, optimizer)
+    report = ol.diagnostics(optimizer.opt_state)
+    assert list(report) == ["hidden/kernel"]
+    assert report["hidden/kernel"].steps_since_refresh.tolist() == [1]
+    # a matrix of ones has one direction, which holds all of it
+    np.testing.assert_allclose(report["hidden/kernel"].captured_energy, [1], rtol=1e-5)
+
+
+def test_diagnostics_of_two_sides_and_of_stacks():
+    grad = {"stack": jnp.asarray(np.random.default_rng(0).standard_normal((3, 6, 9)), jnp.float32)}
+    tx = ol.low_rank(ol.low_rank(optax.identity(), rank=2, fit=SVD, side="long"), rank=4, fit=SVD)
+    _, state = jax.jit(tx.update)(grad, tx.init(grad))
+    report = ol.diagnostics(state)
+    assert report["stack"].rank.tolist() == [4, 4, 4]
+    assert report["stack/R"].rank.tolist() == [2, 2, 2]
+
+
+def test_diagnostics_of_states_without_bases():
+    params = normal_tree("mlp", seed=0)
+    assert ol.diagnostics(optax.adam(0.1).init(params)) == {}
+    assert ol.diagnostics(galore().init(normal_tree("no_matrix", seed=0))) == {}
+
+
+def test_diagnostics_may_be_traced():
+    state = galore().init(normal_tree("mlp", seed=0))
+    report = jax.jit(ol.diagnostics)(state)
+    assert report["out/kernel"].steps_since_refresh.tolist() == [-1]
+
+
+# Bytes
+
+
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "adamw", "sgd"])
+def test_bytes_are_those_of_a_real_state(optimizer, problem):
+    tx = {"adamw": optax.adamw, "sgd": optax.sgd}.get(optimizer) or OPTIMIZERS[optimizer]
+    tx, params = tx(0.1), normal_tree(problem, seed=0)
+    report, state = ol.memory_report(tx, params), tx.init(params)
+    assert report.state == report.arrays + report.counters == nbytes(state)
+    assert report.parameters == report.gradients == nbytes(params)
+    assert report.adamw == 2 * nbytes(params)
+    assert ol.memory_report(tx, params, state) == report
+    assert ol.memory_report(tx, jax.eval_shape(lambda: params)) == report
+    if optimizer == "adamw":
+        assert (report.arrays, report.counters) == (report.adamw, 4)
+
+
+def test_bytes_of_smaller_dtypes():
+    params = normal_tree("mlp", seed=0, dtype=jnp.bfloat16)
+    report = ol.memory_report(galore(mu_dtype=jnp.bfloat16), params)
+    assert report.state == nbytes(galore(mu_dtype=jnp.bfloat16).init(params))
+    assert report.parameters == nbytes(params)
+    assert report.adamw == 2 * nbytes(params)
+
+
+def test_layers_that_differ_in_a_number_are_one_group():
+    layer = {"kernel": jnp.ones((6, 8)), "bias": jnp.ones(8)}
+    params = {"layers": {str(i): layer for i in range(3)}, "head": {"kernel": jnp.ones((8, 5))}}
+    groups = ol.memory_report(galore(), params).groups
+    assert groups.keys() == {"layers/*/kernel", "layers/*/bias", "head/kernel"}
+    kernels = groups["layers/*/kernel"]
+    assert (kernels.leaves, kernels.projected) == (3, True)
+    assert kernels.parameters == 3 * 4 * 48
+    assert kernels.arrays == 3 * 4 * (6 * 2 + 2 * 2 * 8)  # mr + 2nr floats
+    assert kernels.adamw == 2 * kernels.parameters
+    assert not groups["head/kernel"].projected
+    assert groups["layers/*/bias"].arrays == 3 * 4 * 2 * 8
+
+
+def test_table():
+    params = {"layers": [{"kernel": jnp.ones((8, 12))}] * 1000, "bias": jnp.ones(3)}
+    report = ol.memory_report(galore(), jax.eval_shape(lambda: params))
+    assert (
+        str(report)
+        == """
+leaves                              count  parameters  optimizer state  AdamW's    ratio
+bias                     dense          1          12               24       24  100.0 %
+layers/*/kernel          projected  1,000     384,000          256,000  768,000   33.3 %
+counters and statistics                                         21,012
+total bytes                                   384,012          277,036  768,024   36.1 %
+gradients                                     384,012
+""".strip()
+    )

@@ -1,0 +1,180 @@
+"""Eight devices: the same updates as on one, and no array changes its place."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import optax_lowrank as ol
+
+from .helpers import assert_trees_close
+
+# Sharded sums are taken in another order, and a refit amplifies that.
+TOLERANCE = 1e-3
+SHAPES = {"up": (16, 24), "down": (24, 16), "both": (16, 16), "stack": (4, 16, 24), "bias": (24,)}
+SPECS = {
+    "up": P("x", None),
+    "down": P("x", None),
+    "both": P("y", "x"),
+    "stack": P("x", None, "y"),
+    "bias": P("y"),
+}
+OTHER_SIDE = {"up": P(None, "y"), "down": P(None, "y"), "stack": P(None, "y", "x")}
+LAYOUTS = {"one": SPECS, "other": {**SPECS, **OTHER_SIDE}}
+FITS = {"svd": ol.svd(), "randomized_svd": ol.randomized_svd()}
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=str)
+def mesh(request):
+    """Two by four devices; explicit axes want the mesh set while a program is traced."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(request.param, request.param))
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def low_rank_data(seed):
+    """Gradients with a gap after rank 3, so that both programs mean the same basis."""
+    random = np.random.default_rng(seed)
+
+    def leaf(*shape):
+        noise = 0.01 * random.standard_normal(shape)
+        if len(shape) == 1:
+            return noise
+        left, right = (
+            random.standard_normal((*shape[:-1], 3)),
+            random.standard_normal((*shape[:-2], 3, shape[-1])),
+        )
+        return left @ right + noise
+
+    return {name: jnp.asarray(leaf(*shape), jnp.float32) for name, shape in SHAPES.items()}
+
+
+GRADS = [low_rank_data(seed) for seed in range(4)]
+PARAMS = low_rank_data(9)
+
+
+def run(tx, params, grads):
+    """Four updates, with a refit at the third."""
+    update, state, history = jax.jit(tx.update), jax.jit(tx.init)(params), []
+    for grad in grads:
+        updates, state = update(grad, state, params)
+        history.append(updates)
+    return history, state
+
+
+def galore(fit):
+    return ol.galore(0.1, rank=3, update_proj_gap=2, weight_decay=0.01, fit=FITS[fit])
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    """Updates and last state, by fit, computed before any test enters a mesh."""
+    return {fit: run(galore(fit), PARAMS, GRADS) for fit in FITS}
+
+
+def gathered(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+@pytest.mark.parametrize(("layout", "fit"), [("one", "svd"), ("other", "randomized_svd")])
+def test_updates_are_those_of_one_device(on_one_device, mesh, layout, fit):
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in LAYOUTS[layout].items()}
+    params, grads = jax.device_put(PARAMS, shardings), [jax.device_put(g, shardings) for g in GRADS]
+    history, state = run(galore(fit), params, grads)
+    want, want_state = on_one_device[fit]
+    assert_trees_close(gathered(history), gathered(want), TOLERANCE)
+    assert_trees_close(
+        gathered(ol.diagnostics(state)), gathered(ol.diagnostics(want_state)), TOLERANCE
+    )
+    for updates in history:
+        for name, sharding in shardings.items():
+            assert updates[name].sharding.is_equivalent_to(sharding, updates[name].ndim)
+
+
+def test_state_stays_where_it_was_put(on_one_device, mesh):
+    """Bases and moments split along one side; one trace for all steps."""
+    tx, traces = galore("svd"), []
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+
+    def place(x):
+        if x.ndim != 3:  # not a basis, not a moment of coordinates
+            return x
+        spec = P(None, "y", None) if x.shape[1] % 4 == 0 else P(None, None, "y")
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    params = jax.device_put(PARAMS, shardings)
+    state = jax.tree.map(place, jax.jit(tx.init)(params))
+    split = [x for x in jax.tree.leaves(state) if not x.sharding.is_fully_replicated]
+    assert len(split) >= 3 * 4  # at least P, M, V of four leaves
+    before = jax.tree.map(lambda x: x.sharding, state)
+    explicit = AxisType.Explicit in mesh.axis_types
+
+    @functools.partial(jax.jit, out_shardings=None if explicit else (shardings, before))
+    def step(grad, state):
+        traces.append(1)
+        return tx.update(grad, state, params)
+
+    for grad, want in zip(GRADS, on_one_device["svd"][0], strict=True):
+        updates, state = step(jax.device_put(grad, shardings), state)
+        for (path, x), sharding in zip(
+            jax.tree.leaves_with_path(state), jax.tree.leaves(before), strict=True
+        ):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim), jax.tree_util.keystr(path)
+        assert_trees_close(gathered(updates), gathered(want), TOLERANCE)
+    assert len(traces) == 1
+
+
+def test_randomized_refit_gathers_no_gradient():
+    """A gradient split over rows: Gram matrices and sketches travel, never 64 × 96 numbers."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    tx = ol.low_rank(optax.identity(), rank=4)
+    grad = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((64, 96)), jnp.float32)}
+    grad = jax.device_put(grad, NamedSharding(mesh, P("x", None)))
+    state = jax.device_put(tx.init(grad), NamedSharding(mesh, P()))
+    text = jax.jit(tx.update).lower(grad, state).compile().as_text()
+    assert "all-reduce" in text
+    gathers = [line for line in text.splitlines() if "all-gather(" in line]
+    assert not [line for line in gathers if "64,96]" in line or "6144]" in line], gathers
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_nnx_optimizer_with_sharding_metadata(kind):
+    """Neither a rank that no mesh axis divides nor the kernel's metadata gets in the way."""
+
+    class Model(nnx.Module):
+        def __init__(self, names):
+            init = nnx.initializers.normal()
+            init = nnx.with_partitioning(init, names) if names else init
+            self.up = nnx.Linear(16, 24, kernel_init=init, rngs=nnx.Rngs(0))
+
+    def train(names):
+        model = Model(names)
+        optimizer = nnx.Optimizer(model, galore("svd"), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer, grads):
+            optimizer.update(model, grads)
+
+        grads = nnx.state(model, nnx.Param)
+        for grad in GRADS:
+            grads = jax.tree.map(lambda x: x, grads)
+            kernel, bias = grads["up"]["kernel"], grads["up"]["bias"]
+            kernel.set_value(jax.device_put(grad["up"], kernel.get_value().sharding))
+            bias.set_value(jax.device_put(grad["bias"], bias.get_value().sharding))
+            step(model, optimizer, grads)
+        return model, optimizer
+
+    want, _ = train(None)
+    with jax.set_mesh(jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))):
+        model, optimizer = train(("x", "y"))
+        kernel = model.up.kernel.get_value()
+    assert not kernel.sharding.is_fully_replicated
+    np.testing.assert_allclose(
+        np.asarray(kernel), np.asarray(want.up.kernel.get_value()), rtol=0, atol=TOLERANCE
+    )
+    assert ol.diagnostics(optimizer.opt_state)["up/kernel"].rank.tolist() == [3]
