@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threaded LAPACK beside a busy process measures noise
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # threaded LAPACK beside a busy process measures noise
 
 import argparse
 from pathlib import Path

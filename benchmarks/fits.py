@@ -37,8 +37,10 @@ def fits() -> str:
         }
         jitted = {name: jax.jit(fit) for name, fit in chosen.items()}
         full = jax.jit(lambda G: jnp.linalg.svd(G, full_matrices=False))
-        calls = {name: lambda fit=fit, G=G, e=empty, k=key: fit(k, G, e) for name, fit in jitted.items()}
-        seconds = take_turns({"jnp.linalg.svd": lambda G=G: full(G), **calls}, repeats=5)
+        calls = {
+            name: lambda fit=fit, G=G, e=empty, k=key: fit(k, G, e) for name, fit in jitted.items()
+        }
+        seconds = take_turns({"jnp.linalg.svd": lambda full=full, G=G: full(G), **calls}, repeats=5)
         for name, fit in jitted.items():
             P = fit(key, G, empty)
             energy = float(jnp.sum(jnp.square(P.T @ G))) / best
@@ -46,7 +48,14 @@ def fits() -> str:
             speed = ratio(seconds["jnp.linalg.svd"], seconds[name])
             cells = (f"{m}×{n}", name, milliseconds(seconds[name]), f"{speed:.1f}×")
             rows.append((*cells, f"{energy:.4f}", f"{error:.1e}"))
-    header = ("matrix", "fit", "ms", "faster than the full SVD", "energy of the best basis", "‖PᵀP − I‖")
+    header = (
+        "matrix",
+        "fit",
+        "ms",
+        "faster than the full SVD",
+        "energy of the best basis",
+        "‖PᵀP − I‖",
+    )
     return markdown(header, rows)
 
 
@@ -64,7 +73,9 @@ def refresh_steps() -> str:
         }.items():
             update = jax.jit(tx.update)
             _, state = update(grads, tx.init(grads), grads)  # "no refresh": its first step has one
-            calls[name] = lambda update=update, state=state, grads=grads: update(grads, state, grads)
+            calls[name] = lambda update=update, state=state, grads=grads: update(
+                grads, state, grads
+            )
         seconds = take_turns(calls, repeats=5)
         for name, values in seconds.items():
             speed = ratio(seconds["galore(fit=svd())"], values)

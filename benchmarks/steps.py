@@ -48,7 +48,9 @@ class Run:
             return optax.apply_updates(params, updates), state
 
         start = time.perf_counter()
-        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(grads, jax.eval_shape(tx.init, grads), grads)
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
+            grads, jax.eval_shape(tx.init, grads), grads
+        )
         self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
         self.temporary = self.compiled.memory_analysis().temp_size_in_bytes
@@ -81,5 +83,11 @@ def llama_60m() -> str:
                 f"{run.temporary / 2**20:.0f}",
             )
         )
-    header = ("optimizer", "ms between refreshes", "by AdamW", "by contrib.galore", "ms with refresh")
+    header = (
+        "optimizer",
+        "ms between refreshes",
+        "by AdamW",
+        "by contrib.galore",
+        "ms with refresh",
+    )
     return markdown((*header, "compile s", "state MiB", "temporaries MiB"), rows)

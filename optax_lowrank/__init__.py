@@ -1,4 +1,4 @@
-"""Low-rank gradient optimizers as Optax transformations: `update = unfold(scale · P inner(PᵀG) + residual(G − P PᵀG))`."""
+"""Low-rank gradient optimizers: `update = unfold(scale · P inner(PᵀG) + residual(G − P PᵀG))`."""
 
 from optax_lowrank.adarankgrad import adarankgrad as adarankgrad
 from optax_lowrank.assemble import INJECT_STATIC_ARGS as INJECT_STATIC_ARGS, assemble as assemble
@@ -22,9 +22,21 @@ from optax_lowrank.natural_galore import (
     natural_galore as natural_galore,
     scale_by_woodbury_fisher as scale_by_woodbury_fisher,
 )
-from optax_lowrank.refresh import every as every, on_convergence as on_convergence, on_staleness as on_staleness
+from optax_lowrank.refresh import (
+    every as every,
+    on_convergence as on_convergence,
+    on_staleness as on_staleness,
+)
 from optax_lowrank.report import diagnostics as diagnostics, memory_report as memory_report
-from optax_lowrank.resize import abstract_state as abstract_state, compact as compact, resize as resize
-from optax_lowrank.views import MatrixAxes as MatrixAxes, describe as describe, matrix_axes as matrix_axes
+from optax_lowrank.resize import (
+    abstract_state as abstract_state,
+    compact as compact,
+    resize as resize,
+)
+from optax_lowrank.views import (
+    MatrixAxes as MatrixAxes,
+    describe as describe,
+    matrix_axes as matrix_axes,
+)
 
 __version__ = "0.1.0"

@@ -16,8 +16,7 @@ from optax_lowrank.assemble import assemble
 from optax_lowrank.fits import Fit, adaptive_rank, randomized_svd
 from optax_lowrank.low_rank import low_rank
 from optax_lowrank.moments import scale_by_rotated_adam
-from optax_lowrank.refresh import Policy, every
-from optax_lowrank.refresh import on_convergence as converged
+from optax_lowrank.refresh import Policy, every, on_convergence as converged
 
 
 def adarankgrad(

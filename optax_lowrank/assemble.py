@@ -69,10 +69,7 @@ def assemble(
       >>> list(ol.diagnostics(state))
       ['kernel']
     """
-    if dense is None:
-        rest = _in_float32(optax.scale_by_adam() if inner is None else inner)
-    else:
-        rest = dense
+    rest = dense or _in_float32(inner or optax.scale_by_adam())
     finished_outside = {"matrix": not owns_learning_rate, "dense": dense is None}
 
     def labels(tree):
@@ -102,7 +99,9 @@ def assemble(
     tx = optax.chain(*parts)
 
     def init(params):
-        whole = not any(isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked))
+        whole = not any(
+            isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked)
+        )
         if whole and jax.tree.leaves(params):
             axes_by_path(params, axes)  # raises if overrides do not fit
         return tx.init(params)
@@ -121,7 +120,11 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
     def like(p):
         # shapes only: a float32 copy of every dense parameter would be allocated just to be measured
-        return p if p.dtype == wide(p) else jax.ShapeDtypeStruct(p.shape, wide(p), sharding=_sharding(p))
+        return (
+            p
+            if p.dtype == wide(p)
+            else jax.ShapeDtypeStruct(p.shape, wide(p), sharding=_sharding(p))
+        )
 
     def init(params):
         return inner.init(jax.tree.map(like, params))
@@ -146,7 +149,8 @@ def _guarded(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         leaves, treedef = flatten_by_path(updates)
         finite = {path: jnp.all(jnp.isfinite(g)) for path, g in leaves.items()}
         zero_unless_finite = lambda tree: treedef.unflatten(
-            jnp.where(ok, x, 0) for ok, x in zip(finite.values(), jax.tree.leaves(tree), strict=True)
+            jnp.where(ok, x, 0)
+            for ok, x in zip(finite.values(), jax.tree.leaves(tree), strict=True)
         )
         out, new_state = inner.update(zero_unless_finite(updates), state, params, **extra)
         return zero_unless_finite(out), keep_where(finite, new_state, state)

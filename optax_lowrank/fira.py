@@ -97,10 +97,14 @@ def limit_norm_growth(
     Reference: arXiv:2410.01623, equation 8. The authors' code keeps a norm of 0 or NaN as "previous" for good.
     """
     if isinstance(limit, (int, float)) and limit < 1:
-        raise ValueError(f"`limit` must be at least 1, got {limit}: a smaller one stops the update for good.")
+        raise ValueError(
+            f"`limit` must be at least 1, got {limit}: a smaller one stops the update for good."
+        )
 
     def init(params):
-        return NormGrowthState(jax.tree.map(lambda p: jnp.zeros(p.shape[:batch_axes], jnp.float32), params))
+        return NormGrowthState(
+            jax.tree.map(lambda p: jnp.zeros(p.shape[:batch_axes], jnp.float32), params)
+        )
 
     def update(updates, state, params=None):
         del params
@@ -113,7 +117,9 @@ def limit_norm_growth(
             return S * jnp.expand_dims(factor, range(batch_axes, S.ndim)), kept
 
         leaves = jax.tree.map(leaf, updates, state.norm)
-        limited, norm = (jax.tree.map(lambda _, pair, i=i: pair[i], updates, leaves) for i in range(2))
+        limited, norm = (
+            jax.tree.map(lambda _, pair, i=i: pair[i], updates, leaves) for i in range(2)
+        )
         return limited, NormGrowthState(norm)
 
     return optax.GradientTransformation(init, update)

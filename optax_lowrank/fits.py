@@ -168,7 +168,11 @@ def adaptive_rank(
     Reference: Refael et al. (AdaRankGrad), arXiv:2410.17881, which searches by bisection with a new sketch for each
       probe and prints the supremum of the admissible ranks where the minimum is meant.
     """
-    for name, value in (("max_residual_energy", max_residual_energy), ("min_rank", min_rank), ("rank_step", rank_step)):
+    for name, value in (
+        ("max_residual_energy", max_residual_energy),
+        ("min_rank", min_rank),
+        ("rank_step", rank_step),
+    ):
         low, high = (0, 1) if name == "max_residual_energy" else (1, float("inf"))
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise ValueError(f"`{name}` must be in [{low}, {high}], got {value}.")

@@ -74,7 +74,7 @@ def galore(
       >>> target = jax.random.normal(jax.random.key(0), (16, 2)) @ jax.random.normal(jax.random.key(1), (2, 32))
       >>> loss = lambda params: jnp.mean((params["kernel"] - target) ** 2)
       >>> params = {"kernel": jnp.zeros((16, 32))}
-      >>> tx = ol.galore(0.1, rank=4, scale=1.0)
+      >>> tx = ol.galore(0.3, rank=4, scale=1.0)
       >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for _ in range(100):
       ...     updates, state = update(jax.grad(loss)(params), state, params)
@@ -88,7 +88,11 @@ def galore(
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
     inner = base_optimizer or adam
     if rotate_moments:
-        inner = rotated(base_optimizer) if base_optimizer else scale_by_rotated_adam(b1, b2, eps, mu_dtype)
+        inner = (
+            rotated(base_optimizer)
+            if base_optimizer
+            else scale_by_rotated_adam(b1, b2, eps, mu_dtype)
+        )
     return assemble(
         low_rank(
             inner,

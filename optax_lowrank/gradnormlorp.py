@@ -26,7 +26,9 @@ class WeightNormState(NamedTuple):
     inner: optax.OptState
 
 
-def weight_norm(inner: optax.GradientTransformation, axes: Any = None) -> optax.GradientTransformationExtraArgs:
+def weight_norm(
+    inner: optax.GradientTransformation, axes: Any = None
+) -> optax.GradientTransformationExtraArgs:
     """Updates the magnitudes and directions of weight vectors, one vector a unit of output, instead of the weights.
 
     With u_V, u_M the updates of `inner` for the direction V = W and the magnitude M = ‖W‖:
@@ -67,15 +69,22 @@ def weight_norm(inner: optax.GradientTransformation, axes: Any = None) -> optax.
         found = axes_by_path(tree, axes, strict=False)
         dense = [path for path in leaves if found[path] is None]
         if dense:
-            raise ValueError(f"`weight_norm` has no matrix view for {dense}. Use `optax.masked` or `assemble`.")
-        views = {path: MatrixView.of(leaf.shape, found[path], "reduction") for path, leaf in leaves.items()}
+            raise ValueError(
+                f"`weight_norm` has no matrix view for {dense}. Use `optax.masked` or `assemble`."
+            )
+        views = {
+            path: MatrixView.of(leaf.shape, found[path], "reduction")
+            for path, leaf in leaves.items()
+        }
         return views, leaves, treedef
 
     def init(params):
         views, leaves, _ = views_of(params)
         if not views:  # see `low_rank`
             return WeightNormState(jnp.zeros([]))
-        struct = lambda path, m, n: jax.ShapeDtypeStruct((views[path].batch, m, n), _wide(leaves[path]))
+        struct = lambda path, m, n: jax.ShapeDtypeStruct(
+            (views[path].batch, m, n), _wide(leaves[path])
+        )
         return WeightNormState(
             inner.init(
                 _pair(
@@ -87,12 +96,17 @@ def weight_norm(inner: optax.GradientTransformation, axes: Any = None) -> optax.
 
     def update(updates, state, params=None, **extra):
         if params is None:
-            raise ValueError("`weight_norm` needs the weights: call `tx.update(grads, state, params)`.")
+            raise ValueError(
+                "`weight_norm` needs the weights: call `tx.update(grads, state, params)`."
+            )
         views, grads, treedef = views_of(updates)
         if not views:
             return updates, state
         weights, _ = flatten_by_path(params)
-        W = {path: view.fold(weights[path]).astype(_wide(weights[path])) for path, view in views.items()}
+        W = {
+            path: view.fold(weights[path]).astype(_wide(weights[path]))
+            for path, view in views.items()
+        }
         D = {path: view.fold(grads[path]).astype(W[path].dtype) for path, view in views.items()}
         M = {path: _column_norm(w) for path, w in W.items()}
         # a column of zeros gets Ŵ = 0, all of D as D_V, and no magnitude gradient
@@ -109,7 +123,9 @@ def weight_norm(inner: optax.GradientTransformation, axes: Any = None) -> optax.
         for path, view in views.items():
             new = _difference(W[path], M[path], u[path], u[f"{path}/magnitude"])
             out[path] = view.unfold(jnp.where(usable[path], new, 0).astype(grads[path].dtype))
-        return treedef.unflatten(out.values()), WeightNormState(keep_where(finite, inner_state, state.inner))
+        return treedef.unflatten(out.values()), WeightNormState(
+            keep_where(finite, inner_state, state.inner)
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -119,9 +135,13 @@ def _difference(W, M, u_V, u_M):
     smallest = jnp.finfo(W.dtype).tiny
     u_M = jnp.maximum(u_M, smallest - M)
     norm = _column_norm(W + u_V)
-    growth = jnp.sum(u_V * (2 * W + u_V), axis=1, keepdims=True) / jnp.maximum(norm + M, smallest)  # ‖V'‖ − M
+    growth = jnp.sum(u_V * (2 * W + u_V), axis=1, keepdims=True) / jnp.maximum(
+        norm + M, smallest
+    )  # ‖V'‖ − M
     # nothing to rescale where W had no direction, or V' has none
-    delta = jnp.where((M > smallest) & (norm > smallest), (u_M - growth) / jnp.maximum(norm, smallest), 0)
+    delta = jnp.where(
+        (smallest < M) & (norm > smallest), (u_M - growth) / jnp.maximum(norm, smallest), 0
+    )
     return W * delta + u_V * (1 + delta)
 
 
@@ -197,16 +217,30 @@ def gradnormlorp(
     """
     adam = scale_by_rotated_adam if rotate_moments else optax.scale_by_adam
     moments = lambda: adam(b1, b2, eps, mu_dtype=mu_dtype)
-    common = {"rank": rank, "fit": fit or randomized_svd(), "refresh": every(update_proj_gap), "seed": seed}
+    common = {
+        "rank": rank,
+        "fit": fit or randomized_svd(),
+        "refresh": every(update_proj_gap),
+        "seed": seed,
+    }
     other_side = {"short": "long", "long": "short"}[side] if side in ("short", "long") else side
     inner = low_rank(moments(), side=other_side, **common) if two_sided else moments()
-    direction = low_rank(inner, side=side, scale=scale, axes=MatrixAxes(1, 2), **common)  # (b, m, n)
+    direction = low_rank(
+        inner, side=side, scale=scale, axes=MatrixAxes(1, 2), **common
+    )  # (b, m, n)
     step = optax.scale_by_learning_rate(learning_rate)
 
     def normalised(decay):
-        magnitude = optax.chain(optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype), optax.add_decayed_weights(decay))
-        parts = {"direction": optax.chain(direction, step), "magnitude": optax.chain(magnitude, step)}
-        part = lambda tree: {k: "magnitude" if k.endswith("/magnitude") else "direction" for k in tree}
+        magnitude = optax.chain(
+            optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype), optax.add_decayed_weights(decay)
+        )
+        parts = {
+            "direction": optax.chain(direction, step),
+            "magnitude": optax.chain(magnitude, step),
+        }
+        part = lambda tree: {
+            k: "magnitude" if k.endswith("/magnitude") else "direction" for k in tree
+        }
         return weight_norm(optax.partition(parts, part), weight_dimension_numbers)
 
     if mask is None:

@@ -35,9 +35,16 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowrank.fits import Fit, randomized_svd
-from optax_lowrank.refresh import Policy, Statistics, every, initial_statistics, next_statistics, positions, refit
+from optax_lowrank.refresh import (
+    Policy,
+    Statistics,
+    every,
+    initial_statistics,
+    next_statistics,
+    positions,
+    refit,
+)
 from optax_lowrank.views import MatrixView, axes_by_path, flatten_by_path, owner
-
 
 # Ranks by path in place of the configured one, set by `resize`. Only `init` looks: `update` goes by the state's shapes.
 other_ranks: contextvars.ContextVar[Mapping[str, int]] = contextvars.ContextVar("other_ranks")
@@ -71,9 +78,9 @@ def low_rank(
 
         update = unfold(scale · P N + S).
 
-    Every leaf needs a matrix view: use `assemble`, `optax.partition` or `optax.masked` where there are biases. A gradient
-    that is zero or not finite never enters a basis: the old one stays, and the refit is tried again on the next good
-    gradient. A matrix with an entry that is not finite is skipped: zero update, its state as before.
+    Every leaf needs a matrix view: use `assemble`, `optax.partition` or `optax.masked` where there are biases. A
+    gradient that is zero or not finite never enters a basis: the old one stays, and the refit is tried again on the
+    next good gradient. A matrix with an entry that is not finite is skipped: zero update, its state as before.
 
     `low_rank(low_rank(inner, rank=r, side="long"), rank=r)` projects both sides: moments are r × r.
 
@@ -106,7 +113,9 @@ def low_rank(
     Reference: Zhao et al., arXiv:2403.03507, Definition 3.6. The slots, the residual and the nesting are ours.
     """
     if not isinstance(rank, int) or isinstance(rank, bool):
-        raise TypeError(f"`rank` must be an int, got {rank!r}. Keep it static under `optax.inject_hyperparams`.")
+        raise TypeError(
+            f"`rank` must be an int, got {rank!r}. Keep it static under `optax.inject_hyperparams`."
+        )
     if rank < 1:
         raise ValueError(f"`rank` must be positive, got {rank}.")
     if side not in ("short", "long"):
@@ -116,7 +125,11 @@ def low_rank(
     def views_of(tree) -> tuple[dict[str, MatrixView], dict[str, Any], Any]:
         leaves, treedef = flatten_by_path(tree)
         found = axes_by_path(tree, axes, strict=False)
-        return {path: _view(path, leaf, found[path], side) for path, leaf in leaves.items()}, leaves, treedef
+        return (
+            {path: _view(path, leaf, found[path], side) for path, leaf in leaves.items()},
+            leaves,
+            treedef,
+        )
 
     def init(params):
         views, leaves, _ = views_of(params)
@@ -128,7 +141,9 @@ def low_rank(
         dtype = {path: jnp.promote_types(leaf.dtype, jnp.float32) for path, leaf in leaves.items()}
         others = other_ranks.get({})
         ranks = {path: min(others.get(path, rank), view.m, view.n) for path, view in views.items()}
-        coords = {p: jax.ShapeDtypeStruct((v.batch, ranks[p], v.n), dtype[p]) for p, v in views.items()}
+        coords = {
+            p: jax.ShapeDtypeStruct((v.batch, ranks[p], v.n), dtype[p]) for p, v in views.items()
+        }
         rest = {p: jax.ShapeDtypeStruct((v.batch, v.m, v.n), dtype[p]) for p, v in views.items()}
         return LowRankState(
             count=count,
@@ -163,22 +178,35 @@ def low_rank(
         finite = {path: jnp.isfinite(energy[place]) for path, place in places.items()}
         R = {path: _where(finite[path], r) for path, r in R.items()}
         if outer_refreshed is not None:
-            R = {p: jnp.where(refreshed[p] & outer_refreshed[p], _without_round_off(r), r) for p, r in R.items()}
+            R = {
+                p: jnp.where(refreshed[p] & outer_refreshed[p], _without_round_off(r), r)
+                for p, r in R.items()
+            }
 
         N, inner_state = _no_params(
-            inner.update, _keyed(R), state.inner, _shapes(R), rotation=_keyed(Q), refreshed=_keyed(refreshed), **extra
+            inner.update,
+            _keyed(R),
+            state.inner,
+            _shapes(R),
+            rotation=_keyed(Q),
+            refreshed=_keyed(refreshed),
+            **extra,
         )
         N = {path: _where(finite[path], N[f"{path}/R"]) for path in views}
 
-        E = {path: _where(finite[path], G[path] - view.product(P[path], R[path])) for path, view in views.items()}
+        E = {
+            path: _where(finite[path], G[path] - view.product(P[path], R[path]))
+            for path, view in views.items()
+        }
         S, residual_state = residual.update(
             _keyed(E), state.residual, _shapes(E), coords=_keyed(R), steps=_keyed(N), **extra
         )
+        S = {path: _where(finite[path], S[f"{path}/R"]) for path in views}
         out = {
-            path: view.unfold(
-                (view.product(P[path], scale * N[path]) + _where(finite[path], S[f"{path}/R"])).astype(leaves[path].dtype)
-            )
-            for path, view in views.items()
+            path: view.product(P[path], scale * N[path]) + S[path] for path, view in views.items()
+        }
+        out = {
+            path: view.unfold(out[path].astype(leaves[path].dtype)) for path, view in views.items()
         }
 
         if getattr(refresh, "watches_captured", False):
@@ -186,7 +214,9 @@ def low_rank(
         return treedef.unflatten(out.values()), LowRankState(
             count=optax.safe_increment(state.count),
             basis=P,
-            stats=next_statistics(state.stats, state.count, pending, fitted, jnp.isfinite(energy), energy, total),
+            stats=next_statistics(
+                state.stats, state.count, pending, fitted, jnp.isfinite(energy), energy, total
+            ),
             inner=keep_where(finite, inner_state, state.inner),
             residual=keep_where(finite, residual_state, state.residual),
         )
@@ -221,7 +251,9 @@ def _view(path, leaf, axes, side) -> MatrixView:
             "such leaves away from it: `optax_lowrank.assemble(..., dense=...)`, `optax.partition` or `optax.masked`."
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(f"`low_rank` projects real floating-point leaves; leaf {path!r} is {leaf.dtype}.")
+        raise TypeError(
+            f"`low_rank` projects real floating-point leaves; leaf {path!r} is {leaf.dtype}."
+        )
     return MatrixView.of(leaf.shape, axes, side)
 
 
@@ -234,7 +266,10 @@ def _shapes(by_path):
 
 
 def _energy(x):
-    return {path: jnp.sum(jnp.square(matrices), axis=(1, 2)).astype(jnp.float32) for path, matrices in x.items()}
+    return {
+        path: jnp.sum(jnp.square(matrices), axis=(1, 2)).astype(jnp.float32)
+        for path, matrices in x.items()
+    }
 
 
 def _per_matrix(by_path, places):
@@ -260,7 +295,10 @@ def _as_columns(extra):
 
 def _check_same_leaves(views, state):
     if views.keys() != state.basis.keys():
-        unknown, absent = sorted(views.keys() - state.basis.keys()), sorted(state.basis.keys() - views.keys())
+        unknown, absent = (
+            sorted(views.keys() - state.basis.keys()),
+            sorted(state.basis.keys() - views.keys()),
+        )
         raise ValueError(
             f"the gradients are not those `init` was called for: new are {unknown}, missing are {absent}. "
             "Call `init` with parameters of the same structure."

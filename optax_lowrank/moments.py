@@ -65,11 +65,13 @@ def scale_by_rotated_adam(
       >>> import optax_lowrank as ol
       >>> tx = ol.low_rank(ol.scale_by_rotated_adam(), rank=4)
 
-    Reference: Refael et al. (AdaRankGrad), arXiv:2410.17881, rotates V linearly, which makes it negative; the rule for V
-      is that of Robert et al. (LDAdam), arXiv:2410.16103, made exact for rows of different age by the mass.
+    Reference: Refael et al. (AdaRankGrad), arXiv:2410.17881, rotates V linearly, which makes it negative; the rule for
+      V is that of Robert et al. (LDAdam), arXiv:2410.16103, made exact for rows of different age by the mass.
     """
     if second_moment not in get_args(SecondMomentRule):
-        raise ValueError(f"`second_moment` must be one of {get_args(SecondMomentRule)}, got {second_moment!r}.")
+        raise ValueError(
+            f"`second_moment` must be one of {get_args(SecondMomentRule)}, got {second_moment!r}."
+        )
 
     def init(params):
         return RotatedAdamState(
@@ -110,8 +112,12 @@ def scale_by_rotated_adam(
             return M / (1 - b1 ** (seen + 1)) / (jnp.sqrt(V / w) + eps), M, V, w
 
         columns = jax.tree.map(leaf, updates, state.mu, state.nu, state.mass, turns(updates, extra))
-        N, M, V, w = (jax.tree.map(lambda _, column, i=i: column[i], updates, columns) for i in range(4))
-        return N, RotatedAdamState(optax.safe_increment(state.count), optax.tree.cast(M, mu_dtype), V, w)
+        N, M, V, w = (
+            jax.tree.map(lambda _, column, i=i: column[i], updates, columns) for i in range(4)
+        )
+        return N, RotatedAdamState(
+            optax.safe_increment(state.count), optax.tree.cast(M, mu_dtype), V, w
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -146,7 +152,10 @@ def rotated(
             turn_of = turns(updates, extra)
 
             def carry(key_path, x):
-                key, fields = owner(key_path, turn_of), {getattr(part, "name", None) for part in key_path}
+                key, fields = (
+                    owner(key_path, turn_of),
+                    {getattr(part, "name", None) for part in key_path},
+                )
                 if key is None or not fields & {*first, *second}:
                     return x
                 rule = Turn.__call__ if fields & set(first) else Turn.squared
@@ -166,6 +175,7 @@ class Turn(NamedTuple):
     refreshed: jax.Array  # () bool
 
     def __call__(self, x):
+        """What is linear in the gradient, in the new coordinates: exact within the old subspace."""
         return self._apply(self.Q, self.K, x)
 
     def squared(self, x):
@@ -174,8 +184,12 @@ class Turn(NamedTuple):
 
     def on_refresh(self, rule, *moments):
         """`rule(self, *moments)`, a tuple, where the basis was refit; `moments` untouched on an ordinary step."""
-        turned = lambda: tuple(new.astype(x.dtype) for new, x in zip(rule(self, *moments), moments, strict=True))
-        if not isinstance(self.refreshed, jax.core.Tracer):  # outside jit a `cond` is compiled anew on every step
+        turned = lambda: tuple(
+            new.astype(x.dtype) for new, x in zip(rule(self, *moments), moments, strict=True)
+        )
+        if not isinstance(
+            self.refreshed, jax.core.Tracer
+        ):  # outside jit a `cond` is compiled anew on every step
             return turned() if self.refreshed else moments
         return lax.cond(self.refreshed, turned, lambda: moments)
 
@@ -192,6 +206,8 @@ def turns(updates, extra) -> Any:
     columns = extra.get("column_rotation", dict.fromkeys(updates))
     columns_refreshed = extra.get("column_refreshed", dict.fromkeys(updates, False))
     return {
-        key: Turn(extra["rotation"][key], columns[key], extra["refreshed"][key] | columns_refreshed[key])
+        key: Turn(
+            extra["rotation"][key], columns[key], extra["refreshed"][key] | columns_refreshed[key]
+        )
         for key in updates
     }

@@ -73,7 +73,9 @@ def scale_by_woodbury_fisher(
       a sum, as there, not a mean. The authors' code keeps H in the old coordinates after a refresh.
     """
     if isinstance(history, int) and history < 1:
-        raise ValueError(f"`history` counts stored gradients, the current one included, and is at least 1; got {history}.")
+        raise ValueError(
+            f"`history` counts stored gradients with the current one: at least 1, got {history}."
+        )
     if isinstance(damping, (int, float)) and damping < 0:
         raise ValueError(f"`damping` must not be negative, got {damping}.")
     if on_refresh not in ("rotate", "clear"):
@@ -87,7 +89,9 @@ def scale_by_woodbury_fisher(
         return WoodburyFisherState(
             count=jnp.zeros([], jnp.int32),
             history=jax.tree.map(lambda p: jnp.zeros(shape(p), history_dtype or p.dtype), params),
-            row_scale=jax.tree.map(lambda p: jnp.zeros((*shape(p)[:-1], 1), wide(p)), params) if in_codes else None,
+            row_scale=jax.tree.map(lambda p: jnp.zeros((*shape(p)[:-1], 1), wide(p)), params)
+            if in_codes
+            else None,
             gram=jax.tree.map(lambda p: jnp.zeros((*p.shape[:batch_axes], s, s), wide(p)), params),
         )
 
@@ -104,7 +108,10 @@ def scale_by_woodbury_fisher(
             put = lambda old, new: lax.dynamic_update_index_in_dim(old, new, slot, batch_axes)
             # Always true: a branch is a wall for XLA, which otherwise pushes into a copy of H for each reader of H.
             stored, unit = lax.cond(
-                state.count >= 0, lambda old: jax.tree.map(put, old, code), lambda old: old, (stored, unit)
+                state.count >= 0,
+                lambda old: jax.tree.map(put, old, code),
+                lambda old: old,
+                (stored, unit),
             )
             H, column = _columns(decode(stored, unit), batch_axes), decode(*code)
             row = matmul(H, column.reshape(*H.shape[:batch_axes], -1, 1))[..., 0]
@@ -114,7 +121,10 @@ def scale_by_woodbury_fisher(
 
         leaves, treedef = jax.tree.flatten(updates)
         columns = (state.history, scales, state.gram, turns(updates, extra))
-        pushed = [push(g, *rest) for g, *rest in zip(leaves, *map(treedef.flatten_up_to, columns), strict=True)]
+        pushed = [
+            push(g, *rest)
+            for g, *rest in zip(leaves, *map(treedef.flatten_up_to, columns), strict=True)
+        ]
         weights = _weights([gram for *_, gram in pushed], state.count, damping, relative_damping)
         out = [
             _combination(w, decode(stored, unit), batch_axes).astype(g.dtype)
@@ -155,7 +165,9 @@ def _weights(grams, count, damping, relative):
     e = jnp.broadcast_to(jax.nn.one_hot(count % s, s, dtype=gram.dtype), (gram.shape[0], s))
     w = push_through_weights(gram, e, lam)
     ends = [sum(g.size // s**2 for g in grams[: i + 1]) for i in range(len(grams))]
-    return [part.reshape(g.shape[:-1]) for part, g in zip(jnp.split(w, ends[:-1]), grams, strict=True)]
+    return [
+        part.reshape(g.shape[:-1]) for part, g in zip(jnp.split(w, ends[:-1]), grams, strict=True)
+    ]
 
 
 def _carried(turn, on_refresh, encode, decode, stored, unit, gram):
@@ -256,7 +268,9 @@ def natural_galore(
     return assemble(
         low_rank(
             optax.chain(
-                scale_by_woodbury_fisher(history, damping, relative_damping, history_dtype, batch_axes=1),
+                scale_by_woodbury_fisher(
+                    history, damping, relative_damping, history_dtype, batch_axes=1
+                ),
                 adam(b1, b2, eps, mu_dtype=mu_dtype),
             ),
             rank=rank,

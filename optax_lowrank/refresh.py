@@ -22,12 +22,18 @@ from optax_lowrank.views import MatrixView
 
 
 class Statistics(NamedTuple):
-    """What the core knows of each of the k matrices of a tree: (k,) arrays, leaf by leaf in the order of `positions`."""
+    """What the core knows of the k matrices of a tree: (k,) arrays, leaf by leaf in the order of `positions`."""
 
-    last_fit: jax.Array  # int32, the count at the last refit, -1 before the first; changes on refresh
+    last_fit: (
+        jax.Array
+    )  # int32, the count at the last refit, -1 before the first; changes on refresh
     pending: jax.Array  # bool, a refit is due and has not met a usable gradient yet
-    skips: jax.Array  # int32, steps whose gradient was not finite, or no use for a refit that was due
-    captured: jax.Array  # float32, ‖R‖² / ‖G‖² at the last refit; of every step, if the policy watches it
+    skips: (
+        jax.Array
+    )  # int32, steps whose gradient was not finite, or no use for a refit that was due
+    captured: (
+        jax.Array
+    )  # float32, ‖R‖² / ‖G‖² at the last refit; of every step, if the policy watches it
     fit_norm: jax.Array  # float32, ‖R‖ at the last refit
     norm: jax.Array  # float32, ‖R‖ averaged over the steps since then, decay 0.9
 
@@ -45,7 +51,7 @@ Policy = Callable[[jax.Array, Statistics], jax.Array]
 
 
 def every(n: int, stagger: bool = False) -> Policy:
-    """Refresh policy: at updates 0, n, 2n, …
+    """Refresh policy: at every n-th update, from update 0 on.
 
     Args:
       n: updates between refits of a matrix, ≥ 1; may be traced.
@@ -154,7 +160,14 @@ class Refit(NamedTuple):
 def initial_statistics(k: int) -> Statistics:
     """Statistics before the first step: all k matrices wait for a basis."""
     zeros = lambda: jnp.zeros(k, jnp.float32)
-    return Statistics(jnp.full(k, -1, jnp.int32), jnp.ones(k, bool), jnp.zeros(k, jnp.int32), zeros(), zeros(), zeros())
+    return Statistics(
+        jnp.full(k, -1, jnp.int32),
+        jnp.ones(k, bool),
+        jnp.zeros(k, jnp.int32),
+        zeros(),
+        zeros(),
+        zeros(),
+    )
 
 
 def refit(fit: Fit, key, leaves, views: Mapping[str, MatrixView], basis, pending) -> Refit:
@@ -172,17 +185,23 @@ def refit(fit: Fit, key, leaves, views: Mapping[str, MatrixView], basis, pending
     for paths in groups.values():
         index = jnp.concatenate([jnp.arange(places[p].start, places[p].stop) for p in paths])
         pick = lambda tree, paths=paths: {path: tree[path] for path in paths}
-        group = _refit_equal_shapes(fit, tuple(pick(views).items()), key, pick(leaves), pick(basis), pending[index])
+        group = _refit_equal_shapes(
+            fit, tuple(pick(views).items()), key, pick(leaves), pick(basis), pending[index]
+        )
         bases |= group.basis
         rotations |= group.rotation
         fitted.append(group.fitted)
         energy.append(group.energy)
         order.append(index)
     in_place = jnp.argsort(jnp.concatenate(order))
-    return Refit(bases, rotations, jnp.concatenate(fitted)[in_place], jnp.concatenate(energy)[in_place])
+    return Refit(
+        bases, rotations, jnp.concatenate(fitted)[in_place], jnp.concatenate(energy)[in_place]
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # so that a step outside jit does not compile it again
+@functools.partial(
+    jax.jit, static_argnums=(0, 1)
+)  # so that a step outside jit does not compile it again
 def _refit_equal_shapes(fit, views, key, leaves, basis, pending) -> Refit:
     views = dict(views)
     paths = list(views)
@@ -195,7 +214,9 @@ def _refit_equal_shapes(fit, views, key, leaves, basis, pending) -> Refit:
 
     def one(matrix):
         leaf, layer, wait = matrix
-        load = lambda read: lax.switch(leaf, [lambda i, path=path: read(path, i) for path in paths], layer)
+        load = lambda read: lax.switch(
+            leaf, [lambda i, path=path: read(path, i) for path in paths], layer
+        )
         P = load(lambda path, i: basis[path][i])
         keep = lambda: (P, identity, False, jnp.float32(0))
 
@@ -208,18 +229,30 @@ def _refit_equal_shapes(fit, views, key, leaves, basis, pending) -> Refit:
         def fit_one(G, unit):
             sketch_key = jax.random.fold_in(jax.random.fold_in(key, names[leaf]), layer)
             P_new = fit(sketch_key, G, P).astype(dtype)
-            return P_new, matmul(P_new.T, P), True, (jnp.sum(jnp.square(G)) * unit**2).astype(jnp.float32)
+            return (
+                P_new,
+                matmul(P_new.T, P),
+                True,
+                (jnp.sum(jnp.square(G)) * unit**2).astype(jnp.float32),
+            )
 
         return lax.cond(wait, try_fit, keep)
 
     def loop():
         P, Q, fitted, energy = lax.map(one, (leaf_of, layer_of, pending))
-        split = lambda x: dict(zip(paths, jnp.split(x, list(itertools.accumulate(batches))[:-1]), strict=True))
+        split = lambda x: dict(
+            zip(paths, jnp.split(x, list(itertools.accumulate(batches))[:-1]), strict=True)
+        )
         return Refit(split(P), split(Q), fitted, energy)
 
     def skip():
-        rotation = {path: jnp.broadcast_to(identity, (view.batch, *identity.shape)) for path, view in views.items()}
-        return Refit(basis, rotation, jnp.zeros_like(pending), jnp.zeros(pending.shape, jnp.float32))
+        rotation = {
+            path: jnp.broadcast_to(identity, (view.batch, *identity.shape))
+            for path, view in views.items()
+        }
+        return Refit(
+            basis, rotation, jnp.zeros_like(pending), jnp.zeros(pending.shape, jnp.float32)
+        )
 
     return lax.cond(jnp.any(pending), loop, skip)
 
@@ -242,5 +275,7 @@ def next_statistics(stats: Statistics, count, pending, fitted, finite, energy, t
         skips=stats.skips + ((pending & ~fitted) | ~finite),
         captured=jnp.where(measured, energy / jnp.where(measured, total, 1), stats.captured),
         fit_norm=jnp.where(fitted, length, stats.fit_norm),
-        norm=jnp.where(fitted, length, jnp.where(finite, 0.9 * stats.norm + 0.1 * length, stats.norm)),
+        norm=jnp.where(
+            fitted, length, jnp.where(finite, 0.9 * stats.norm + 0.1 * length, stats.norm)
+        ),
     )

@@ -19,7 +19,9 @@ class LeafDiagnostics(NamedTuple):
     rank: jax.Array  # int32, active columns of the basis
     captured_energy: jax.Array  # float32, ‖PᵀG‖² / ‖G‖² at the last refit
     steps_since_refresh: jax.Array  # int32, -1 where there is no basis yet
-    skips: jax.Array  # int32, steps with a gradient that was not finite or no use for a refit that was due
+    skips: (
+        jax.Array
+    )  # int32, steps with a gradient that was not finite or no use for a refit that was due
 
 
 def diagnostics(state) -> dict[str, LeafDiagnostics]:
@@ -48,7 +50,9 @@ def diagnostics(state) -> dict[str, LeafDiagnostics]:
         # a leaf at a time, since wrappers such as nnx box the arrays
         stats = Statistics(*jax.tree.leaves(low_rank_state.stats))
         (count,) = jax.tree.leaves(low_rank_state.count)
-        bases = {path: jax.tree.leaves(low_rank_state.basis[path])[0] for path in _paths(low_rank_state)}
+        bases = {
+            path: jax.tree.leaves(low_rank_state.basis[path])[0] for path in _paths(low_rank_state)
+        }
         for path, place in positions({path: len(P) for path, P in bases.items()}).items():
             last_fit = stats.last_fit[place]
             found[path] = LeafDiagnostics(
@@ -61,7 +65,9 @@ def diagnostics(state) -> dict[str, LeafDiagnostics]:
 
 
 def _paths(low_rank_state):
-    return low_rank_state.basis if isinstance(low_rank_state.basis, dict) else ()  # a scalar: no leaves
+    return (
+        low_rank_state.basis if isinstance(low_rank_state.basis, dict) else ()
+    )  # a scalar: no leaves
 
 
 def _low_rank_states(state):
@@ -123,13 +129,35 @@ class MemoryReport:
         for name, g in self.groups.items():
             kind = "projected" if g.projected else "dense"
             ratio = percent(g.arrays, g.adamw)
-            rows.append((name, kind, size(g.leaves), size(g.parameters), size(g.arrays), size(g.adamw), ratio))
+            rows.append(
+                (
+                    name,
+                    kind,
+                    size(g.leaves),
+                    size(g.parameters),
+                    size(g.arrays),
+                    size(g.adamw),
+                    ratio,
+                )
+            )
         rows.append(("counters and statistics", "", "", "", size(self.counters), "", ""))
         ratio = percent(self.state, self.adamw)
-        rows.append(("total bytes", "", "", size(self.parameters), size(self.state), size(self.adamw), ratio))
+        rows.append(
+            (
+                "total bytes",
+                "",
+                "",
+                size(self.parameters),
+                size(self.state),
+                size(self.adamw),
+                ratio,
+            )
+        )
         rows.append(("gradients", "", "", size(self.gradients), "", "", ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        line = lambda row: "  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]).rstrip()
+        line = lambda row: "  ".join(
+            [*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]
+        ).rstrip()
         return "\n".join(map(line, rows))
 
 
@@ -166,7 +194,9 @@ def memory_report(tx: optax.GradientTransformation, params, state: Any = None) -
     groups = {}
     for path, leaf in leaves.items():
         name = re.sub(r"(?<=/)\d+(?=/)|^\d+(?=/)", "*", path)
-        adamw = sum(map(_bytes, jax.tree.leaves(jax.eval_shape(optax.scale_by_adam().init, leaf)[1:])))
+        adamw = sum(
+            map(_bytes, jax.tree.leaves(jax.eval_shape(optax.scale_by_adam().init, leaf)[1:]))
+        )
         measured = GroupMemory(1, path in bases, _bytes(leaf), arrays[path], adamw)
         old = groups.get((name, measured.projected), GroupMemory(0, measured.projected, 0, 0, 0))
         sums = (a + b for a, b in zip(old[2:], measured[2:], strict=True))

@@ -232,7 +232,7 @@ def _ranks(state) -> dict[str, int]:
 
 
 def _checked(rank, old) -> dict[str, int]:
-    asked = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(old, rank)
+    asked: dict[str, Any] = dict(rank) if isinstance(rank, Mapping) else dict.fromkeys(old, rank)
     for path, r in asked.items():
         if path not in old:
             raise ValueError(f"`rank` names {path!r}, which has no basis. There are {sorted(old)}.")

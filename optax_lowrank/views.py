@@ -151,7 +151,7 @@ class MatrixView:
         return jnp.transpose(G.reshape([self.shape[a] for a in self._order]), back)
 
     def product(self, P: jax.Array, N: jax.Array) -> jax.Array:
-        """P N, (b, m, n), computed as (Nᵀ Pᵀ)ᵀ where that is how the leaf lies in memory: `unfold` then moves nothing."""
+        """P N, (b, m, n), as (Nᵀ Pᵀ)ᵀ where the leaf lies so in memory: `unfold` then moves nothing."""
         if self.other_axes < self.projected_axes:
             return jnp.matmul(N.mT, P.mT).mT
         return jnp.matmul(P, N)

@@ -38,4 +38,5 @@ def test_readme():
             shown = doctest.DocTestParser().get_doctest(block, scope, "README", None, None)
             assert doctest.DocTestRunner().run(shown).failed == 0
         elif "manager" not in block:  # a checkpoint manager is the reader's
-            exec(block, scope)
+            with jax.numpy_rank_promotion("allow"):
+                exec(block, scope)
