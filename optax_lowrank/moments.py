@@ -40,7 +40,7 @@ def scale_by_rotated_adam(
 
         M ← Q M,   w' = (Q∘Q) w,   V ← (w'/c²) |(Q∘Q)(v̂ − m̂²) + (Q m̂)²|,   w ← w'        ("ldadam")
 
-    and V = w = 0 in rows with c² < 1e-6. On every step M and V are Adam's, w ← b2 w + (1 − b2), and
+    and M = V = w = 0 in rows with c² < 1e-6. On every step M and V are Adam's, w ← b2 w + (1 − b2), and
 
         N = (M / (1 − b1^t)) / (√(V / w) + eps).
 
@@ -94,12 +94,13 @@ def scale_by_rotated_adam(
             coverage = turn.squared(jnp.ones_like(w))
             known = coverage > 1e-6  # otherwise a row that is new to the basis: it starts anew
             if second_moment == "square":
-                return M_new, jnp.where(known, turn.squared(V), 0), jnp.where(known, w_new, 0)
-            m = M / jnp.where(seen > 0, 1 - b1**seen, 1)  # before the first update M = 0
-            v = V / jnp.where(w > 0, w, 1)  # a row of no mass has V = 0
-            v_new = jnp.abs(turn.squared(v - m**2) + turn(m) ** 2)
-            V_new = w_new / jnp.where(known, coverage, 1) * v_new
-            return M_new, jnp.where(known, V_new, 0), jnp.where(known, w_new, 0)
+                V_new = turn.squared(V)
+            else:
+                m = M / jnp.where(seen > 0, 1 - b1**seen, 1)  # before the first update M = 0
+                v = V / jnp.where(w > 0, w, 1)  # a row of no mass has V = 0
+                v_new = jnp.abs(turn.squared(v - m**2) + turn(m) ** 2)
+                V_new = w_new / jnp.where(known, coverage, 1) * v_new
+            return tuple(jnp.where(known, x, 0) for x in (M_new, V_new, w_new))
 
         def leaf(g, M, V, w, turn):
             M = M.astype(V.dtype)
