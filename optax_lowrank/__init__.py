@@ -22,6 +22,7 @@ from optax_lowrank.natural_galore import (
     natural_galore as natural_galore,
     scale_by_woodbury_fisher as scale_by_woodbury_fisher,
 )
+from optax_lowrank.quantize import quantize_state as quantize_state
 from optax_lowrank.refresh import (
     every as every,
     on_convergence as on_convergence,

@@ -7,6 +7,7 @@ Refael et al., arXiv:2410.17881. At a refresh, with the least r such that ‖G �
 and on every step R = PᵀG, N = Adam(R), W ← W − η · α P N.
 """
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -15,7 +16,7 @@ import optax
 from optax_lowrank.assemble import assemble
 from optax_lowrank.fits import Fit, adaptive_rank, randomized_svd
 from optax_lowrank.low_rank import low_rank
-from optax_lowrank.moments import scale_by_rotated_adam
+from optax_lowrank.quantize import adam_moments, basis_dtype
 from optax_lowrank.refresh import Policy, every, on_convergence as converged
 
 
@@ -36,6 +37,7 @@ def adarankgrad(
     side: Literal["short", "long"] = "short",
     rotate_moments: bool = True,
     dense: optax.GradientTransformation | None = None,
+    state_bits: Literal[8] | None = None,
     seed: int = 0,
     max_residual_energy: float = 0.3,
     min_rank: int = 8,
@@ -61,6 +63,7 @@ def adarankgrad(
       side: "short" or "long", the side of a matrix that is projected.
       rotate_moments: carry the moments over to the new basis at a refresh.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
+      state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
       seed: of the random sketches.
       max_residual_energy: share of ‖G‖² that the basis may lose. (The authors' code bounds the root: its 0.2 is 0.04.)
       min_rank, rank_step: the ranks that are tried.
@@ -90,10 +93,10 @@ def adarankgrad(
         refresh = on_convergence
     else:
         refresh = converged(on_convergence, max_gap=update_proj_gap)
-    adam = scale_by_rotated_adam if rotate_moments else optax.scale_by_adam
+    adam = functools.partial(adam_moments, b1, b2, eps, mu_dtype, state_bits=state_bits)
     return assemble(
         low_rank(
-            adam(b1, b2, eps, mu_dtype=mu_dtype),
+            adam(rotate=rotate_moments),
             rank=rank,
             fit=adaptive_rank(fit or randomized_svd(), max_residual_energy, min_rank, rank_step),
             refresh=refresh,
@@ -101,10 +104,11 @@ def adarankgrad(
             side=side,
             scale=scale,
             seed=seed,
+            basis_dtype=basis_dtype(state_bits),
         ),
         learning_rate,
         rank=rank,
-        inner=optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype),
+        inner=adam(),
         dense=dense,
         axes=weight_dimension_numbers,
         weight_decay=weight_decay,

@@ -19,6 +19,7 @@ INJECT_STATIC_ARGS = (
     "mu_dtype",
     "rotate_moments",
     "dense",
+    "state_bits",
     "seed",
 )
 

@@ -6,6 +6,7 @@ Chen et al., arXiv:2410.01623, equations 4 to 8, column j of n:
     W ← W − η (α P N + S)
 """
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import optax
 from optax_lowrank.assemble import assemble
 from optax_lowrank.fits import Fit, randomized_svd
 from optax_lowrank.low_rank import low_rank
-from optax_lowrank.moments import scale_by_rotated_adam
+from optax_lowrank.quantize import adam_moments, basis_dtype
 from optax_lowrank.refresh import every
 
 
@@ -142,6 +143,7 @@ def fira(
     side: Literal["short", "long"] = "short",
     rotate_moments: bool = False,
     dense: optax.GradientTransformation | None = None,
+    state_bits: Literal[8] | None = None,
     seed: int = 0,
     limit: jax.typing.ArrayLike = 1.01,
     residual_scale: jax.typing.ArrayLike = 1.0,
@@ -164,6 +166,7 @@ def fira(
       side: "short" or "long", the side of a matrix that is projected.
       rotate_moments: carry the moments over to the new basis at a refresh; the paper leaves them as they are.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
+      state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
       seed: of the random sketches.
       limit: γ. The paper's ablation has 1.01 best, infinity worst.
       residual_scale: β. 1 is how the published tables were made; the paper's text has β = α.
@@ -184,10 +187,10 @@ def fira(
     Reference: Chen et al., arXiv:2410.01623, Algorithm 1. The authors' code multiplies P R by α inside the residual,
       which lets a share of the subspace back in, and limits before bias correction; ours follows the text in both.
     """
-    adam = scale_by_rotated_adam if rotate_moments else optax.scale_by_adam
+    adam = functools.partial(adam_moments, b1, b2, eps, mu_dtype, state_bits=state_bits)
     return assemble(
         low_rank(
-            adam(b1, b2, eps, mu_dtype=mu_dtype),
+            adam(rotate=rotate_moments),
             rank=rank,
             fit=fit or randomized_svd(),
             refresh=every(update_proj_gap),
@@ -200,10 +203,11 @@ def fira(
             side=side,
             scale=scale,
             seed=seed,
+            basis_dtype=basis_dtype(state_bits),
         ),
         learning_rate,
         rank=rank,
-        inner=optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype),
+        inner=adam(),
         dense=dense,
         axes=weight_dimension_numbers,
         weight_decay=weight_decay,

@@ -6,6 +6,7 @@ Zhao et al., arXiv:2403.03507, Algorithm 2:
     R = PᵀG,   N = Adam(R),   W ← W − η · α P N
 """
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -14,7 +15,8 @@ import optax
 from optax_lowrank.assemble import assemble
 from optax_lowrank.fits import Fit, randomized_svd
 from optax_lowrank.low_rank import low_rank
-from optax_lowrank.moments import rotated, scale_by_rotated_adam
+from optax_lowrank.moments import rotated
+from optax_lowrank.quantize import adam_moments, basis_dtype, in_bits
 from optax_lowrank.refresh import every
 
 
@@ -36,6 +38,7 @@ def galore(
     side: Literal["short", "long"] = "short",
     rotate_moments: bool = False,
     dense: optax.GradientTransformation | None = None,
+    state_bits: Literal[8] | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore, a drop-in superset of `optax.contrib.galore`.
@@ -61,6 +64,7 @@ def galore(
       side: "short" or "long", the side of a matrix that is projected.
       rotate_moments: carry the moments over to the new basis at a refresh; the paper leaves them as they are.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
+      state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
       seed: of the random sketches.
 
     Returns:
@@ -85,14 +89,12 @@ def galore(
     Reference: Zhao et al., arXiv:2403.03507, Algorithm 2. Adam is Optax's (bias-corrected, eps outside the root); the
       authors' adds eps before the correction. Singular vectors get a sign rule.
     """
-    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
-    inner = base_optimizer or adam
-    if rotate_moments:
-        inner = (
-            rotated(base_optimizer)
-            if base_optimizer
-            else scale_by_rotated_adam(b1, b2, eps, mu_dtype)
-        )
+    if base_optimizer is None:
+        adam = functools.partial(adam_moments, b1, b2, eps, mu_dtype, state_bits=state_bits)
+        inner, rest = adam(rotate=rotate_moments), adam()
+    else:
+        rest = in_bits(base_optimizer, state_bits)
+        inner = in_bits(rotated(base_optimizer), state_bits) if rotate_moments else rest
     return assemble(
         low_rank(
             inner,
@@ -103,10 +105,11 @@ def galore(
             side=side,
             scale=scale,
             seed=seed,
+            basis_dtype=basis_dtype(state_bits),
         ),
         learning_rate,
         rank=rank,
-        inner=base_optimizer or adam,
+        inner=rest,
         dense=dense,
         axes=weight_dimension_numbers,
         weight_decay=weight_decay,

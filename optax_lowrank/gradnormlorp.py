@@ -6,6 +6,7 @@ Huang et al., arXiv:2412.19616. Column norms ‖·‖, one a unit of output, gau
     V' = W − η α U Adam(Uᵀ D_V K) Kᵀ,   M' = M − η (Adam(D_M) + λ M),   W' = M' V' / ‖V'‖
 """
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import optax
 from optax_lowrank.assemble import assemble
 from optax_lowrank.fits import Fit, randomized_svd
 from optax_lowrank.low_rank import keep_where, low_rank
-from optax_lowrank.moments import scale_by_rotated_adam
+from optax_lowrank.quantize import adam_moments, basis_dtype
 from optax_lowrank.refresh import every
 from optax_lowrank.views import MatrixAxes, MatrixView, axes_by_path, flatten_by_path
 
@@ -174,6 +175,7 @@ def gradnormlorp(
     side: Literal["short", "long"] = "short",
     rotate_moments: bool = False,
     dense: optax.GradientTransformation | None = None,
+    state_bits: Literal[8] | None = None,
     seed: int = 0,
     two_sided: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -196,6 +198,7 @@ def gradnormlorp(
       side: "short" or "long", the side that is projected first, or alone.
       rotate_moments: carry the moments over to the new basis at a refresh; the paper leaves them as they are.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
+      state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
       seed: of the random sketches.
       two_sided: project both sides; otherwise one, with moments of r × n.
 
@@ -215,25 +218,24 @@ def gradnormlorp(
     Reference: Huang et al., arXiv:2412.19616; the update rule from its two key equations, since the authors' code does
       not follow them (see `weight_norm`).
     """
-    adam = scale_by_rotated_adam if rotate_moments else optax.scale_by_adam
-    moments = lambda: adam(b1, b2, eps, mu_dtype=mu_dtype)
+    adam = functools.partial(adam_moments, b1, b2, eps, mu_dtype, state_bits=state_bits)
     common = {
         "rank": rank,
         "fit": fit or randomized_svd(),
         "refresh": every(update_proj_gap),
         "seed": seed,
+        "basis_dtype": basis_dtype(state_bits),
     }
     other_side = {"short": "long", "long": "short"}[side] if side in ("short", "long") else side
-    inner = low_rank(moments(), side=other_side, **common) if two_sided else moments()
+    inner = adam(rotate=rotate_moments)
+    inner = low_rank(inner, side=other_side, **common) if two_sided else inner
     direction = low_rank(
         inner, side=side, scale=scale, axes=MatrixAxes(1, 2), **common
     )  # (b, m, n)
     step = optax.scale_by_learning_rate(learning_rate)
 
     def normalised(decay):
-        magnitude = optax.chain(
-            optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype), optax.add_decayed_weights(decay)
-        )
+        magnitude = optax.chain(adam(), optax.add_decayed_weights(decay))
         parts = {
             "direction": optax.chain(direction, step),
             "magnitude": optax.chain(magnitude, step),
@@ -252,7 +254,7 @@ def gradnormlorp(
         matrix,
         learning_rate,
         rank=rank,
-        inner=optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype),
+        inner=adam(),
         dense=dense,
         axes=weight_dimension_numbers,
         weight_decay=weight_decay,

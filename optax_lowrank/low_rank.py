@@ -71,6 +71,7 @@ def low_rank(
     side: Literal["short", "long"] = "short",
     scale: jax.typing.ArrayLike = 1.0,
     seed: int = 0,
+    basis_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` on the coordinates of the gradient in a low-rank basis, and `residual` on what is left.
 
@@ -96,9 +97,11 @@ def low_rank(
         state. A square matrix is projected on its reduction side.
       scale: multiplies the subspace step, not the residual.
       seed: of the random sketches, which differ between matrices and between refits.
+      basis_dtype: dtype in which bases are stored, `jnp.bfloat16` to halve them (orthonormal to 1e-2 then); they are
+        fitted and used in that of the coordinates, which is the default.
 
     Returns:
-      A transformation. Updates have the gradient's shape and dtype; bases and coordinates are float32 or wider.
+      A transformation. Updates have the gradient's shape and dtype; arithmetic is float32 or wider.
 
     Raises:
       TypeError, ValueError: `rank` or `side` is wrong (here); a leaf has no matrix view or is not real (`init`);
@@ -147,7 +150,10 @@ def low_rank(
         rest = {p: jax.ShapeDtypeStruct((v.batch, v.m, v.n), dtype[p]) for p, v in views.items()}
         return LowRankState(
             count=count,
-            basis={p: jnp.zeros((v.batch, v.m, ranks[p]), dtype[p]) for p, v in views.items()},
+            basis={
+                p: jnp.zeros((v.batch, v.m, ranks[p]), basis_dtype or dtype[p])
+                for p, v in views.items()
+            },
             stats=initial_statistics(sum(view.batch for view in views.values())),
             inner=_no_params(inner.init, _keyed(coords)),
             residual=residual.init(_keyed(rest)),
@@ -167,7 +173,8 @@ def low_rank(
 
         pending = state.stats.pending | refresh(state.count, state.stats)
         key = jax.random.fold_in(jax.random.key(seed), state.count)
-        P, Q, fitted, total = refit(fit, key, leaves, views, state.basis, pending)
+        basis, Q, fitted, total = refit(fit, key, leaves, views, state.basis, pending)
+        P = {path: stored.astype(Q[path].dtype) for path, stored in basis.items()}
         places = positions({path: view.batch for path, view in views.items()})
         refreshed = {path: jnp.any(fitted[place]) for path, place in places.items()}
 
@@ -213,7 +220,7 @@ def low_rank(
             total = _per_matrix(_energy(G), places)
         return treedef.unflatten(out.values()), LowRankState(
             count=optax.safe_increment(state.count),
-            basis=P,
+            basis=basis,
             stats=next_statistics(
                 state.stats, state.count, pending, fitted, jnp.isfinite(energy), energy, total
             ),

@@ -5,6 +5,7 @@ Das, arXiv:2410.16029, section 3, with g = vec(R) and H = [g_k, g_{k−1}, …],
     F = λI + H Hᵀ,   g̃ = F⁻¹ g_k,   N = Adam(g̃)
 """
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,7 +17,8 @@ from optax_lowrank.assemble import assemble
 from optax_lowrank.fits import Fit, randomized_svd
 from optax_lowrank.linalg import matmul, push_through_weights
 from optax_lowrank.low_rank import low_rank
-from optax_lowrank.moments import scale_by_rotated_adam, turns
+from optax_lowrank.moments import turns
+from optax_lowrank.quantize import adam_moments, basis_dtype
 from optax_lowrank.refresh import every
 
 
@@ -222,6 +224,7 @@ def natural_galore(
     side: Literal["short", "long"] = "short",
     rotate_moments: bool = False,
     dense: optax.GradientTransformation | None = None,
+    state_bits: Literal[8] | None = None,
     seed: int = 0,
     history: int = 4,
     damping: jax.typing.ArrayLike = 1e-3,
@@ -246,6 +249,7 @@ def natural_galore(
       side: "short" or "long", the side of a matrix that is projected.
       rotate_moments: carry the moments over to the new basis at a refresh; the history always is.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
+      state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
       seed: of the random sketches.
       history, damping, relative_damping, history_dtype: of `scale_by_woodbury_fisher`.
 
@@ -264,14 +268,14 @@ def natural_galore(
 
     Reference: Das, arXiv:2410.16029, Algorithm 1. The authors' code projects both sides and keeps 20 columns of r × r.
     """
-    adam = scale_by_rotated_adam if rotate_moments else optax.scale_by_adam
+    adam = functools.partial(adam_moments, b1, b2, eps, mu_dtype, state_bits=state_bits)
     return assemble(
         low_rank(
             optax.chain(
                 scale_by_woodbury_fisher(
                     history, damping, relative_damping, history_dtype, batch_axes=1
                 ),
-                adam(b1, b2, eps, mu_dtype=mu_dtype),
+                adam(rotate=rotate_moments),
             ),
             rank=rank,
             fit=fit or randomized_svd(),
@@ -280,10 +284,11 @@ def natural_galore(
             side=side,
             scale=scale,
             seed=seed,
+            basis_dtype=basis_dtype(state_bits),
         ),
         learning_rate,
         rank=rank,
-        inner=optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype),
+        inner=adam(),
         dense=dense,
         axes=weight_dimension_numbers,
         weight_decay=weight_decay,

@@ -209,7 +209,8 @@ def _refit_equal_shapes(fit, views, key, leaves, basis, pending) -> Refit:
     leaf_of = jnp.array([leaf for leaf, b in enumerate(batches) for _ in range(b)])
     layer_of = jnp.array([layer for b in batches for layer in range(b)])
     names = jnp.array([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
-    dtype = basis[paths[0]].dtype
+    stored_dtype = basis[paths[0]].dtype
+    dtype = jnp.promote_types(leaves[paths[0]].dtype, jnp.float32)
     identity = jnp.eye(basis[paths[0]].shape[2], dtype=dtype)
 
     def one(matrix):
@@ -218,7 +219,7 @@ def _refit_equal_shapes(fit, views, key, leaves, basis, pending) -> Refit:
             leaf, [lambda i, path=path: read(path, i) for path in paths], layer
         )
         P = load(lambda path, i: basis[path][i])
-        keep = lambda: (P, identity, False, jnp.float32(0))
+        keep = lambda: (P, identity, False, jnp.float32(0))  # the basis bit for bit
 
         def try_fit():
             G = load(lambda path, i: views[path].matrix(leaves[path], i)).astype(dtype)
@@ -228,10 +229,10 @@ def _refit_equal_shapes(fit, views, key, leaves, basis, pending) -> Refit:
 
         def fit_one(G, unit):
             sketch_key = jax.random.fold_in(jax.random.fold_in(key, names[leaf]), layer)
-            P_new = fit(sketch_key, G, P).astype(dtype)
+            P_new = fit(sketch_key, G, P.astype(dtype)).astype(stored_dtype)
             return (
                 P_new,
-                matmul(P_new.T, P),
+                matmul(P_new.astype(dtype).T, P.astype(dtype)),
                 True,
                 (jnp.sum(jnp.square(G)) * unit**2).astype(jnp.float32),
             )

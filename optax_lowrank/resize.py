@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_lowrank.low_rank import LowRankState, other_ranks
@@ -236,7 +235,7 @@ def _checked(rank, old) -> dict[str, int]:
     for path, r in asked.items():
         if path not in old:
             raise ValueError(f"`rank` names {path!r}, which has no basis. There are {sorted(old)}.")
-        if isinstance(r, bool) or not isinstance(r, int | np.integer):
+        if isinstance(r, bool) or not hasattr(r, "__index__"):
             raise TypeError(f"`rank` must be an int or a dict of ints by path, got {rank!r}.")
         if r < 1:
             raise ValueError(f"`rank` must be positive, got {r} for {path!r}.")
