@@ -1,6 +1,6 @@
 """Pretrain a small Llama on real text with any optimizer of `optax_lowrank`, or one to compare it with.
 
-    python examples/pretrain_llama.py                         # nano, galore, the shipped book: minutes
+    python examples/pretrain_llama.py                         # nano, fira, the shipped book: minutes
     python examples/pretrain_llama.py --resume                # the same, continued after Ctrl-C
     python examples/pretrain_llama.py --optimizer adamw
     python examples/pretrain_llama.py --optimizer adarankgrad --compact-every 50
@@ -46,8 +46,8 @@ from tqdm import tqdm
 import optax_lowrank
 
 BASELINES = ("adamw", "contrib-galore", "muon")
-# Peak learning rates, from grids of 100 steps of `nano` on the shipped book (`compare.py` makes them).
-LEARNING_RATES = {"adamw": 3e-3, "muon": 2e-2}
+# Peak learning rates, from grids of `nano` on the shipped book (`compare.py` makes them).
+LEARNING_RATES = {"adamw": 3e-3, "fira": 1e-2, "muon": 2e-2}
 LOW_RANK_LEARNING_RATE = 2e-2  # every other one: with `scale` 0.25, 5e-3 in the subspace
 HEADROOM = 8  # columns that compaction keeps beyond those in use, since ranks also rise
 LOG_EVERY = 10  # steps between two looks at the device, because each look waits for it
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.add_argument("--optimizer", default="galore", help=", ".join([*aliases(), *BASELINES]))
+    p.add_argument("--optimizer", default="fira", help=", ".join([*aliases(), *BASELINES]))
     p.add_argument("--size", choices=SIZES, default="nano")
     p.add_argument("--rank", type=int, help="of the subspace; None: a quarter of the hidden size")
     p.add_argument("--update-proj-gap", type=int, default=200, help="steps between two refits")

@@ -6,6 +6,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest

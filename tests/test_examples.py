@@ -61,7 +61,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory) -> Path:
     """The folder of an uninterrupted run."""
-    out = tmp_path_factory.mktemp("runs") / "galore"
+    out = tmp_path_factory.mktemp("runs") / "whole"
     pretrain_llama.main([*TINY, f"--corpus={corpus}", f"--out={out}"])
     return out
 

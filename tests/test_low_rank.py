@@ -1,6 +1,7 @@
 """The core: when bases are refit, what the parts are given, what a bad gradient leaves untouched."""
 
 import functools
+import itertools
 import math
 import re
 from typing import Any, NamedTuple
@@ -456,6 +457,21 @@ def test_fit_runs_once_a_matrix_that_is_due():
         jax.effects_barrier()
         per_step.append(len(calls) - sum(per_step))
     assert per_step == [4, 1, 1, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("fit", [ol.gaussian(), ol.randomized_svd(0, 0)], ids=["gaussian", "svd"])
+def test_every_matrix_and_every_refit_has_a_sketch_of_its_own(fit):
+    """One gradient in three layers, in two leaves, twice: eight bases, no two alike but for another run's."""
+    G = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
+    grad = {"kernel": jnp.asarray(G), "stack": jnp.stack([jnp.asarray(G)] * 3)}
+    tx = adam(fit=fit, refresh=ol.every(1))
+    _, (_, *states) = follow(tx, [grad] * 2)
+    bases = [P for state in states for path in SHAPES for P in np.asarray(state.basis[path])]
+    assert len(bases) == 8
+    for P, other in itertools.combinations(bases, 2):
+        assert np.abs(P - other).max() > 0.01
+    _, again = follow(tx, [grad] * 2)
+    assert_trees_equal(again[-1].basis, states[-1].basis)
 
 
 @pytest.mark.parametrize("step", [0, 2, 3])

@@ -168,7 +168,7 @@ def test_axes_that_do_not_fit_are_refused_by_name(axes, problem):
 def test_sizes_and_sides_that_make_no_view():
     with pytest.raises(ValueError, match="size 0"):
         MatrixView.of((0, 3), MatrixAxes(0, 1))
-    with pytest.raises(ValueError, match="side='left' must be 'short' or 'long'"):
+    with pytest.raises(ValueError, match="side='left' must be 'short', 'long' or 'reduction'"):
         MatrixView.of((2, 3), MatrixAxes(0, 1), "left")
 
 
