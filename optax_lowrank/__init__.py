@@ -34,6 +34,7 @@ from optax_lowrank.resize import (
     compact as compact,
     resize as resize,
 )
+from optax_lowrank.sharding import state_shardings as state_shardings
 from optax_lowrank.views import (
     MatrixAxes as MatrixAxes,
     describe as describe,

@@ -33,6 +33,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_lowrank.fits import Fit, randomized_svd
 from optax_lowrank.refresh import (
@@ -327,7 +328,10 @@ def _no_params(call, *args, **kwargs):
 def _with_automatic_sharding(step, updates, state):
     """On a mesh with explicit axes, lets the compiler place what is between the arguments and results of `step`."""
     shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
-    kinds = {kind for sharding in jax.tree.leaves(shardings) for kind in sharding.mesh.axis_types}
-    if jax.sharding.AxisType.Explicit not in kinds:
+    explicit = jax.sharding.AxisType.Explicit
+    meshes = [s.mesh for s in jax.tree.leaves(shardings) if explicit in s.mesh.axis_types]
+    if not meshes:
         return step
-    return jax.sharding.auto_axes(step, out_sharding=shardings)
+    # an array that was made outside of the mesh comes back replicated on it
+    placed = lambda s: s if s.mesh.axis_types else NamedSharding(meshes[0], PartitionSpec())
+    return jax.sharding.auto_axes(step, out_sharding=jax.tree.map(placed, shardings))

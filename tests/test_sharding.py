@@ -178,3 +178,42 @@ def test_nnx_optimizer_with_sharding_metadata(kind):
         np.asarray(kernel), np.asarray(want.up.kernel.get_value()), rtol=0, atol=TOLERANCE
     )
     assert ol.diagnostics(optimizer.opt_state)["up/kernel"].rank.tolist() == [3]
+
+
+def test_state_shardings(mesh):
+    """The state starts on the devices of its parameter's axes, and a step leaves it there."""
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    params, grads = (jax.device_put(tree, shardings) for tree in (PARAMS, GRADS[0]))
+    tx = ol.fira(0.01, rank=4, fit=ol.svd())
+    places = ol.state_shardings(tx, params, shardings)
+    state = jax.jit(tx.init, out_shardings=places)(params)
+    core = state[0].inner_states["matrix"].inner_state
+    specs = lambda arrays: {name: x.sharding.spec for name, x in arrays.items()}
+    # a (16, 24) kernel is projected on axis 0, and so is the square one; "down" on axis 1, which lies everywhere
+    assert specs(core.basis) == {
+        "up": P(None, "x", None),
+        "down": P(None, None, None),
+        "both": P(None, "y", None),
+        "stack": P("x", None, None),
+    }
+    assert specs(core.inner.mu) == {
+        "up/R": P(None, None, None),
+        "down/R": P(None, None, "x"),
+        "both/R": P(None, None, "x"),
+        "stack/R": P("x", None, "y"),
+    }
+    updates, after = jax.jit(tx.update)(grads, state, params)
+    one_device, _ = jax.jit(tx.update)(GRADS[0], tx.init(PARAMS), PARAMS)
+    assert_trees_close(jax.device_get(updates), jax.device_get(one_device), rtol=TOLERANCE)
+    if mesh.axis_types[0] == AxisType.Explicit:
+        stayed = jax.tree.map(
+            lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim),
+            state[0].inner_states["matrix"],
+            after[0].inner_states["matrix"],
+        )
+        assert all(jax.tree.leaves(stayed))
+
+
+def test_state_shardings_wants_one_for_each_parameter(mesh):
+    with pytest.raises(ValueError, match="like `params`"):
+        ol.state_shardings(ol.galore(0.01, rank=4), PARAMS, {"up": NamedSharding(mesh, P())})
