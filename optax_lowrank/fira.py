@@ -112,7 +112,7 @@ def limit_norm_growth(
 
         def leaf(S, previous):
             norm = jnp.sqrt(jnp.sum(jnp.square(S), axis=tuple(range(batch_axes, S.ndim))))
-            grows = (previous > 0) & (norm > limit * previous)
+            grows = (previous > 0) & (norm > limit * previous) & jnp.isfinite(norm)
             factor = jnp.where(grows, limit * previous / jnp.where(grows, norm, 1), 1)
             kept = jnp.where(jnp.isfinite(norm), norm * factor, previous).astype(jnp.float32)
             return S * jnp.expand_dims(factor, range(batch_axes, S.ndim)), kept

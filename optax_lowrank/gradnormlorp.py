@@ -265,6 +265,8 @@ def gradnormlorp(
 
 def _decay_labels(mask, tree):
     """A decay mask as labels of the part of the parameters that `optax.partition` has left in `tree`."""
-    leaves, treedef = flatten_by_path(tree)
-    chosen, _ = flatten_by_path(mask(tree) if callable(mask) else mask)
-    return treedef.unflatten("decayed" if chosen[path] else "not decayed" for path in leaves)
+    chosen = mask(tree) if callable(mask) else mask
+    label = lambda choice, part: jax.tree.map(
+        lambda _: "decayed" if choice else "not decayed", part
+    )
+    return jax.tree.map(label, chosen, tree)  # a mask may be a prefix of the tree

@@ -61,7 +61,7 @@ def scale_by_woodbury_fisher(
       A transformation with updates of the gradients' shapes and dtypes.
 
     Raises:
-      ValueError: history < 1, damping < 0, `on_refresh` unknown.
+      ValueError: history < 1, damping < 0, `on_refresh` unknown; an int8 history of a scalar (`init`).
 
     Example:
       >>> import jax.numpy as jnp, optax_lowrank as ol
@@ -86,6 +86,11 @@ def scale_by_woodbury_fisher(
 
     def init(params):
         s = int(history)
+        if in_codes and any(p.ndim <= batch_axes for p in jax.tree.leaves(params)):
+            raise ValueError(
+                f"`history_dtype={jnp.dtype(history_dtype).name}` keeps one scale a row, and a leaf has no axis for "
+                "rows. Use jnp.bfloat16, or keep scalars away with `optax.masked`."
+            )
         shape = lambda p: (*p.shape[:batch_axes], s, *p.shape[batch_axes:])
         wide = lambda p: jnp.promote_types(p.dtype, jnp.float32)
         return WoodburyFisherState(
