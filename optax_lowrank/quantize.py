@@ -178,7 +178,7 @@ def quantize_state(
 
 def adam_moments(
     b1, b2, eps, mu_dtype=None, rotate: bool = False, state_bits: Literal[8] | None = None
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """The Adam of the aliases: `scale_by_rotated_adam` or Optax's, its moments in 8 bits on request."""
     adam = scale_by_rotated_adam if rotate else optax.scale_by_adam
     return in_bits(adam(b1, b2, eps, mu_dtype=mu_dtype), state_bits)
