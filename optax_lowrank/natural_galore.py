@@ -37,6 +37,7 @@ def scale_by_woodbury_fisher(
     relative_damping: bool = False,
     history_dtype: Any = None,
     on_refresh: Literal["rotate", "clear"] = "rotate",
+    preserve_norm: bool = False,
     batch_axes: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies each gradient by the inverse of the damped empirical Fisher of its last few values.
@@ -55,6 +56,8 @@ def scale_by_woodbury_fisher(
       relative_damping: count λ in units of the mean of the stored ‖g‖² instead, so that it has no scale.
       history_dtype: dtype of the stored gradients: default theirs; `jnp.bfloat16`; or `jnp.int8`, one scale a row.
       on_refresh: what happens to H when the basis changes: "rotate", H ← Q H, or "clear".
+      preserve_norm: scale g̃ back to ‖g‖, so that the Fisher turns the gradient and nothing else. Without it ‖g̃‖ goes
+        like 1 / ‖g‖ where λ is small or relative, and Adam, whose second moment lags, takes steps of the wrong size.
       batch_axes: how many leading axes of each leaf count matrices with a Fisher of their own; inside `low_rank`: 1.
 
     Returns:
@@ -134,9 +137,12 @@ def scale_by_woodbury_fisher(
         ]
         weights = _weights([gram for *_, gram in pushed], state.count, damping, relative_damping)
         out = [
-            _combination(w, decode(stored, unit), batch_axes).astype(g.dtype)
-            for g, w, (stored, unit, _) in zip(leaves, weights, pushed, strict=True)
+            _combination(w, decode(stored, unit), batch_axes)
+            for w, (stored, unit, _) in zip(weights, pushed, strict=True)
         ]
+        if preserve_norm:
+            out = [_with_norm_of(g, x, batch_axes) for g, x in zip(leaves, out, strict=True)]
+        out = [x.astype(g.dtype) for g, x in zip(leaves, out, strict=True)]
         stored, unit, gram = (treedef.unflatten(column) for column in zip(*pushed, strict=True))
         return treedef.unflatten(out), WoodburyFisherState(
             optax.safe_increment(state.count), stored, unit if in_codes else None, gram
@@ -155,6 +161,13 @@ def _combination(w, H, batch_axes):
     column = lambda i: lax.index_in_dim(H, i, batch_axes, keepdims=False)
     weight = lambda i: jnp.expand_dims(w[..., i], range(batch_axes, H.ndim - 1))
     return sum(weight(i) * column(i) for i in range(H.shape[batch_axes]))
+
+
+def _with_norm_of(g, x, batch_axes):
+    norm = lambda y: jnp.sqrt(
+        jnp.sum(jnp.square(y), axis=tuple(range(batch_axes, y.ndim)), keepdims=True)
+    )
+    return x * norm(g) / jnp.where(norm(x) > 0, norm(x), 1)  # x = 0 where g = 0
 
 
 def _weights(grams, count, damping, relative):
@@ -235,6 +248,7 @@ def natural_galore(
     damping: jax.typing.ArrayLike = 1e-3,
     relative_damping: bool = False,
     history_dtype: Any = None,
+    preserve_norm: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural GaLore: GaLore whose coordinates pass through `scale_by_woodbury_fisher` before Adam.
 
@@ -256,7 +270,7 @@ def natural_galore(
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
       state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
       seed: of the random sketches.
-      history, damping, relative_damping, history_dtype: of `scale_by_woodbury_fisher`.
+      history, damping, relative_damping, history_dtype, preserve_norm: of `scale_by_woodbury_fisher`.
 
     Returns:
       A transformation.
@@ -278,7 +292,12 @@ def natural_galore(
         low_rank(
             optax.chain(
                 scale_by_woodbury_fisher(
-                    history, damping, relative_damping, history_dtype, batch_axes=1
+                    history,
+                    damping,
+                    relative_damping,
+                    history_dtype,
+                    preserve_norm=preserve_norm,
+                    batch_axes=1,
                 ),
                 adam(rotate=rotate_moments),
             ),

@@ -394,3 +394,22 @@ def test_options_that_are_wrong(make, options, words):
 def test_refresh_rule_that_is_none():
     with pytest.raises(ValueError, match='`on_refresh` must be "rotate" or "clear", got \'keep\''):
         ol.scale_by_woodbury_fisher(on_refresh="keep")
+
+
+def test_preserve_norm_turns_the_gradient_and_nothing_else():
+    random = np.random.default_rng(0)
+    grads = [jnp.asarray(random.standard_normal((2, 4, 6)), jnp.float32) for _ in range(5)]
+    options = {"history": 3, "damping": 0.5, "relative_damping": True, "batch_axes": 1}
+    plain, kept = (
+        ol.scale_by_woodbury_fisher(**options, preserve_norm=keep) for keep in (False, True)
+    )
+    states = plain.init(grads[0]), kept.init(grads[0])
+    for g in grads:
+        (x, first), (y, second) = plain.update(g, states[0]), kept.update(g, states[1])
+        states = first, second
+        norm = lambda z: jnp.linalg.norm(z.reshape(2, -1), axis=1)
+        np.testing.assert_allclose(norm(y), norm(g), rtol=1e-5)
+        np.testing.assert_allclose(
+            y / norm(y)[:, None, None], x / norm(x)[:, None, None], atol=1e-6
+        )
+    assert not jnp.any(kept.update(jnp.zeros_like(g), states[1])[0])
