@@ -107,6 +107,8 @@ def scale_by_woodbury_fisher(
 
     def update(updates, state, params=None, **extra):
         del params
+        if not jax.tree.leaves(updates):
+            return updates, state._replace(count=optax.safe_increment(state.count))
         encode, decode = (_to_codes, _from_codes) if in_codes else (_to_float, _from_float)
         scales = state.row_scale if in_codes else jax.tree.map(lambda _: None, updates)
 

@@ -413,3 +413,10 @@ def test_preserve_norm_turns_the_gradient_and_nothing_else():
             y / norm(y)[:, None, None], x / norm(x)[:, None, None], atol=1e-6
         )
     assert not jnp.any(kept.update(jnp.zeros_like(g), states[1])[0])
+
+
+def test_no_leaves():
+    tx = ol.scale_by_woodbury_fisher()
+    updates, state = tx.update({}, tx.init({}))
+    assert updates == {}
+    assert state.count == 1
