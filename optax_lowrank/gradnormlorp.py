@@ -226,12 +226,11 @@ def gradnormlorp(
         "seed": seed,
         "basis_dtype": basis_dtype(state_bits),
     }
-    other_side = {"short": "long", "long": "short"}[side] if side in ("short", "long") else side
     inner = adam(rotate=rotate_moments)
-    inner = low_rank(inner, side=other_side, **common) if two_sided else inner
-    direction = low_rank(
-        inner, side=side, scale=scale, axes=MatrixAxes(1, 2), **common
-    )  # (b, m, n)
+    if two_sided:
+        inner = low_rank(inner, side="long" if side == "short" else "short", **common)
+    # `weight_norm` hands over (b, m, n), whatever the leaf's name
+    direction = low_rank(inner, side=side, scale=scale, axes=MatrixAxes(1, 2), **common)
     step = optax.scale_by_learning_rate(learning_rate)
 
     def normalised(decay):

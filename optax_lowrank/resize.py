@@ -178,9 +178,8 @@ def _init_at(ranks: Mapping[str, int]) -> Iterator[None]:
 
 def _shapes(tx, params, ranks):
     with _init_at(ranks):
-        return jax.eval_shape(
-            lambda p: tx.init(p), params
-        )  # a new function: traces are cached by function
+        # a new function, because traces are cached by function
+        return jax.eval_shape(lambda p: tx.init(p), params)
 
 
 def _initial_leaves(tx, params, ranks, chosen):
