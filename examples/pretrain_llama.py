@@ -48,7 +48,7 @@ import optax_lowrank
 BASELINES = ("adamw", "contrib-galore", "muon")
 # Peak learning rates, from grids of `nano` on the shipped book (`compare.py` makes them).
 LEARNING_RATES = {"adamw": 3e-3, "fira": 1e-2, "muon": 2e-2}
-LOW_RANK_LEARNING_RATE = 2e-2  # every other one: with `scale` 0.25, 5e-3 in the subspace
+LOW_RANK_LEARNING_RATE = 2e-2  # GaLore's best; every other one starts from it
 HEADROOM = 8  # columns that compaction keeps beyond those in use, since ranks also rise
 LOG_EVERY = 10  # steps between two looks at the device, because each look waits for it
 MAY_BE_ZERO = {"seed", "resume", "memory"}

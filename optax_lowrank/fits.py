@@ -18,8 +18,8 @@ Fit = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 def svd() -> Fit:
     """Exact basis: the leading left singular vectors of the gradient.
 
-    P = U[:, :r] with G = U Σ Vᵀ. The reference mode: what the papers do, and 20 to 50 times slower than
-    `randomized_svd` for the shapes of transformers. It gathers a sharded gradient on every device.
+    P = U[:, :r] with G = U Σ Vᵀ. The reference mode: what the papers do, and for the shapes of transformers tens of
+    times slower than `randomized_svd` (`python -m benchmarks fits`). It gathers a sharded gradient on every device.
 
     Returns:
       A fit.
