@@ -13,11 +13,12 @@ from typing import Any, Literal
 import jax
 import optax
 
+from optax_lowrank.accumulate import accumulated
 from optax_lowrank.assemble import assemble
 from optax_lowrank.fits import Fit, adaptive_rank, randomized_svd
 from optax_lowrank.low_rank import low_rank
 from optax_lowrank.quantize import adam_moments, basis_dtype
-from optax_lowrank.refresh import Policy, every, on_convergence as converged
+from optax_lowrank.refresh import Policy, every, in_windows, on_convergence as converged
 
 
 def adarankgrad(
@@ -38,6 +39,7 @@ def adarankgrad(
     rotate_moments: bool = True,
     dense: optax.GradientTransformation | None = None,
     state_bits: Literal[8] | None = None,
+    accumulate: int = 1,
     seed: int = 0,
     max_residual_energy: float = 0.3,
     min_rank: int = 8,
@@ -64,6 +66,8 @@ def adarankgrad(
       rotate_moments: carry the moments over to the new basis at a refresh.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
       state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
+      accumulate: k micro-batches that make one update. Their gradients are summed in the subspace (`accumulated`), and
+        updates in between are zero; `update_proj_gap` and schedules count the real ones.
       seed: of the random sketches.
       max_residual_energy: share of ‖G‖² that the basis may lose. (The authors' code bounds the root: its 0.2 is 0.04.)
       min_rank, rank_step: the ranks that are tried.
@@ -96,10 +100,12 @@ def adarankgrad(
     adam = functools.partial(adam_moments, b1, b2, eps, mu_dtype, state_bits=state_bits)
     return assemble(
         low_rank(
-            adam(rotate=rotate_moments),
+            accumulated(
+                adam(rotate=rotate_moments), accumulate, ("rotation",) if rotate_moments else ()
+            ),
             rank=rank,
             fit=adaptive_rank(fit or randomized_svd(), max_residual_energy, min_rank, rank_step),
-            refresh=refresh,
+            refresh=in_windows(refresh, accumulate),
             axes=weight_dimension_numbers,
             side=side,
             scale=scale,
@@ -113,4 +119,5 @@ def adarankgrad(
         axes=weight_dimension_numbers,
         weight_decay=weight_decay,
         mask=mask,
+        accumulate=accumulate,
     )

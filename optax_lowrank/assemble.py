@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowrank.accumulate import accumulated, at_window_end
 from optax_lowrank.low_rank import keep_where
 from optax_lowrank.views import MatrixView, axes_by_path, flatten_by_path
 
@@ -20,6 +21,7 @@ INJECT_STATIC_ARGS = (
     "rotate_moments",
     "dense",
     "state_bits",
+    "accumulate",
     "seed",
 )
 
@@ -35,6 +37,7 @@ def assemble(
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Any = None,
     owns_learning_rate: bool = False,
+    accumulate: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """A complete optimizer from a transformation of the matrices and one of everything else.
 
@@ -55,6 +58,7 @@ def assemble(
       axes: overrides of `matrix_axes`; a pattern that matches no leaf is an error.
       weight_decay: λ.
       mask: which leaves decay: a tree like the parameters or a function of them, as in `optax.adamw`.
+      accumulate: k micro-batches that make one update; `matrix` must have an `accumulated` inner then.
       owns_learning_rate: `matrix` applies η and λ itself, as `gradnormlorp` must.
 
     Returns:
@@ -70,7 +74,10 @@ def assemble(
       >>> list(ol.diagnostics(state))
       ['kernel']
     """
-    rest = dense or _in_float32(inner or optax.scale_by_adam())
+    if dense is None:
+        rest = _in_float32(accumulated(inner or optax.scale_by_adam(), accumulate))
+    else:
+        rest = accumulated(dense, accumulate)
     finished_outside = {"matrix": not owns_learning_rate, "dense": dense is None}
 
     def labels(tree):
@@ -93,11 +100,11 @@ def assemble(
         both = lambda choice, part: jax.tree.map(lambda taken: choice and taken, part)
         return jax.tree.map(both, chosen, takes(tree))  # a mask may be a prefix of the tree
 
-    parts = [optax.partition({"matrix": matrix, "dense": _guarded(rest)}, labels)]
+    direction = optax.partition({"matrix": matrix, "dense": _guarded(rest)}, labels)
+    after = [optax.masked(optax.scale_by_learning_rate(learning_rate), takes)]
     if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
-        parts.append(optax.add_decayed_weights(weight_decay, decays))
-    parts.append(optax.masked(optax.scale_by_learning_rate(learning_rate), takes))
-    tx = optax.chain(*parts)
+        after.insert(0, optax.add_decayed_weights(weight_decay, decays))
+    tx = optax.chain(direction, *(at_window_end(part, accumulate) for part in after))
 
     def init(params):
         whole = not any(

@@ -144,6 +144,7 @@ def fira(
     rotate_moments: bool = False,
     dense: optax.GradientTransformation | None = None,
     state_bits: Literal[8] | None = None,
+    accumulate: int = 1,
     seed: int = 0,
     limit: jax.typing.ArrayLike = 1.01,
     residual_scale: jax.typing.ArrayLike = 1.0,
@@ -167,6 +168,7 @@ def fira(
       rotate_moments: carry the moments over to the new basis at a refresh; the paper leaves them as they are.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
       state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
+      accumulate: 1; the residual needs the mean of whole gradients, which `optax.MultiSteps` keeps.
       seed: of the random sketches.
       limit: γ. The paper's ablation has 1.01 best, infinity worst.
       residual_scale: β. 1 is how the published tables were made; the paper's text has β = α.
@@ -187,6 +189,11 @@ def fira(
     Reference: Chen et al., arXiv:2410.01623, Algorithm 1. The authors' code multiplies P R by α inside the residual,
       which lets a share of the subspace back in, and limits before bias correction; ours follows the text in both.
     """
+    if accumulate != 1:
+        raise ValueError(
+            f"`accumulate` must be 1, got {accumulate!r}: Fira's residual needs whole gradients. Wrap the optimizer in "
+            "`optax.MultiSteps`, or use `galore`."
+        )
     adam = functools.partial(adam_moments, b1, b2, eps, mu_dtype, state_bits=state_bits)
     return assemble(
         low_rank(

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import jax
 import optax
 
+from optax_lowrank.accumulate import accumulated
 from optax_lowrank.assemble import assemble
 from optax_lowrank.fits import Fit, randomized_svd
 from optax_lowrank.low_rank import low_rank
 from optax_lowrank.moments import rotated
 from optax_lowrank.quantize import adam_moments, basis_dtype, in_bits
-from optax_lowrank.refresh import every
+from optax_lowrank.refresh import every, in_windows
 
 
 def galore(
@@ -39,6 +40,7 @@ def galore(
     rotate_moments: bool = False,
     dense: optax.GradientTransformation | None = None,
     state_bits: Literal[8] | None = None,
+    accumulate: int = 1,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore, a drop-in superset of `optax.contrib.galore`.
@@ -65,6 +67,8 @@ def galore(
       rotate_moments: carry the moments over to the new basis at a refresh; the paper leaves them as they are.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
       state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
+      accumulate: k micro-batches that make one update. Their gradients are summed in the subspace (`accumulated`), and
+        updates in between are zero; `update_proj_gap` and schedules count the real ones.
       seed: of the random sketches.
 
     Returns:
@@ -97,10 +101,10 @@ def galore(
         inner = in_bits(rotated(base_optimizer), state_bits) if rotate_moments else rest
     return assemble(
         low_rank(
-            inner,
+            accumulated(inner, accumulate, ("rotation",) if rotate_moments else ()),
             rank=rank,
             fit=fit or randomized_svd(),
-            refresh=every(update_proj_gap),
+            refresh=in_windows(every(update_proj_gap), accumulate),
             axes=weight_dimension_numbers,
             side=side,
             scale=scale,
@@ -114,4 +118,5 @@ def galore(
         axes=weight_dimension_numbers,
         weight_decay=weight_decay,
         mask=mask,
+        accumulate=accumulate,
     )

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowrank.accumulate import accumulated, at_window_end
 from optax_lowrank.assemble import assemble
 from optax_lowrank.fits import Fit, randomized_svd
 from optax_lowrank.low_rank import keep_where, low_rank
 from optax_lowrank.quantize import adam_moments, basis_dtype
-from optax_lowrank.refresh import every
+from optax_lowrank.refresh import every, in_windows
 from optax_lowrank.views import MatrixAxes, MatrixView, axes_by_path, flatten_by_path
 
 
@@ -176,6 +177,7 @@ def gradnormlorp(
     rotate_moments: bool = False,
     dense: optax.GradientTransformation | None = None,
     state_bits: Literal[8] | None = None,
+    accumulate: int = 1,
     seed: int = 0,
     two_sided: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -199,6 +201,8 @@ def gradnormlorp(
       rotate_moments: carry the moments over to the new basis at a refresh; the paper leaves them as they are.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
       state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
+      accumulate: k micro-batches that make one update. Their gradients are summed in the subspace (`accumulated`), and
+        updates in between are zero; `update_proj_gap` and schedules count the real ones.
       seed: of the random sketches.
       two_sided: project both sides; otherwise one, with moments of r × n.
 
@@ -222,19 +226,20 @@ def gradnormlorp(
     common = {
         "rank": rank,
         "fit": fit or randomized_svd(),
-        "refresh": every(update_proj_gap),
+        "refresh": in_windows(every(update_proj_gap), accumulate),
         "seed": seed,
         "basis_dtype": basis_dtype(state_bits),
     }
-    inner = adam(rotate=rotate_moments)
+    sides = ("rotation", "column_rotation") if two_sided else ("rotation",)
+    inner = accumulated(adam(rotate=rotate_moments), accumulate, sides if rotate_moments else ())
     if two_sided:
         inner = low_rank(inner, side="long" if side == "short" else "short", **common)
     # `weight_norm` hands over (b, m, n), whatever the leaf's name
     direction = low_rank(inner, side=side, scale=scale, axes=MatrixAxes(1, 2), **common)
-    step = optax.scale_by_learning_rate(learning_rate)
+    step = at_window_end(optax.scale_by_learning_rate(learning_rate), accumulate)
 
     def normalised(decay):
-        magnitude = optax.chain(adam(), optax.add_decayed_weights(decay))
+        magnitude = accumulated(optax.chain(adam(), optax.add_decayed_weights(decay)), accumulate)
         parts = {
             "direction": optax.chain(direction, step),
             "magnitude": optax.chain(magnitude, step),
@@ -259,6 +264,7 @@ def gradnormlorp(
         weight_decay=weight_decay,
         mask=mask,
         owns_learning_rate=True,
+        accumulate=accumulate,
     )
 
 

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from optax_lowrank.accumulate import accumulated
 from optax_lowrank.assemble import assemble
 from optax_lowrank.fits import Fit, randomized_svd
 from optax_lowrank.linalg import matmul, push_through_weights
 from optax_lowrank.low_rank import low_rank
 from optax_lowrank.moments import turns
 from optax_lowrank.quantize import adam_moments, basis_dtype
-from optax_lowrank.refresh import every
+from optax_lowrank.refresh import every, in_windows
 
 
 class WoodburyFisherState(NamedTuple):
@@ -245,6 +246,7 @@ def natural_galore(
     rotate_moments: bool = False,
     dense: optax.GradientTransformation | None = None,
     state_bits: Literal[8] | None = None,
+    accumulate: int = 1,
     seed: int = 0,
     history: int = 4,
     damping: jax.typing.ArrayLike = 1e-3,
@@ -271,6 +273,8 @@ def natural_galore(
       rotate_moments: carry the moments over to the new basis at a refresh; the history always is.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
       state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
+      accumulate: k micro-batches that make one update. Their gradients are summed in the subspace (`accumulated`), and
+        updates in between are zero; `update_proj_gap` and schedules count the real ones.
       seed: of the random sketches.
       history, damping, relative_damping, history_dtype, preserve_norm: of `scale_by_woodbury_fisher`.
 
@@ -290,22 +294,22 @@ def natural_galore(
     Reference: Das, arXiv:2410.16029, Algorithm 1. The authors' code projects both sides and keeps 20 columns of r × r.
     """
     adam = functools.partial(adam_moments, b1, b2, eps, mu_dtype, state_bits=state_bits)
+    fisher = scale_by_woodbury_fisher(
+        history,
+        damping,
+        relative_damping,
+        history_dtype,
+        preserve_norm=preserve_norm,
+        batch_axes=1,
+    )
     return assemble(
         low_rank(
-            optax.chain(
-                scale_by_woodbury_fisher(
-                    history,
-                    damping,
-                    relative_damping,
-                    history_dtype,
-                    preserve_norm=preserve_norm,
-                    batch_axes=1,
-                ),
-                adam(rotate=rotate_moments),
+            accumulated(
+                optax.chain(fisher, adam(rotate=rotate_moments)), accumulate, ("rotation",)
             ),
             rank=rank,
             fit=fit or randomized_svd(),
-            refresh=every(update_proj_gap),
+            refresh=in_windows(every(update_proj_gap), accumulate),
             axes=weight_dimension_numbers,
             side=side,
             scale=scale,
@@ -319,4 +323,5 @@ def natural_galore(
         axes=weight_dimension_numbers,
         weight_decay=weight_decay,
         mask=mask,
+        accumulate=accumulate,
     )

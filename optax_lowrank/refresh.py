@@ -143,6 +143,32 @@ def on_staleness(min_captured: float = 0.5, min_gap: int = 20, max_gap: int = 20
     return due
 
 
+def in_windows(policy: Policy, k: int) -> Policy:
+    """Refresh policy for windows of k micro-batches: `policy`, counting windows, at the first micro-batch of each.
+
+    Args:
+      policy: any other one.
+      k: micro-batches of a window, see `accumulated`.
+
+    Returns:
+      A policy.
+
+    Example:
+      >>> import optax, optax_lowrank as ol
+      >>> inner = ol.accumulated(optax.scale_by_adam(), k=4)
+      >>> tx = ol.low_rank(inner, rank=4, refresh=ol.in_windows(ol.every(200), k=4))
+    """
+    if k == 1:
+        return policy
+
+    def due(count, stats):
+        last_fit = stats.last_fit // k  # −1, never yet, stays −1
+        return (count % k == 0) & policy(count // k, stats._replace(last_fit=last_fit))
+
+    due.watches_captured = getattr(policy, "watches_captured", False)
+    return due
+
+
 def _check_gaps(min_gap, max_gap):
     if isinstance(min_gap, int) and isinstance(max_gap, int) and not 1 <= min_gap <= max_gap:
         raise ValueError(f"a policy needs 1 <= min_gap <= max_gap, got {min_gap=} and {max_gap=}.")

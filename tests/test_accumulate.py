@@ -1,0 +1,196 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_lowrank as ol
+from optax_lowrank import linalg
+
+K = 3
+PARAMS = {"kernel": jnp.full((2, 12, 16), 0.1), "bias": jnp.zeros(12)}  # two layers of a stack
+
+
+def micro_batches(count, seed=0):
+    random = np.random.default_rng(seed)
+    make = lambda x: jnp.asarray(random.standard_normal(x.shape, np.float32))
+    return [jax.tree.map(make, PARAMS) for _ in range(count)]
+
+
+def assert_close(got, want, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), got, want)
+
+
+def mean(trees):
+    return jax.tree.map(lambda *x: sum(x) / len(x), *trees)
+
+
+def of_columns(key, G, P):
+    """A fit that goes by the gradient alone, and leaves no coordinates that are zero up to round-off."""
+    return linalg.orthonormalize((G + 0.5 * jnp.roll(G, 1, axis=1))[:, : P.shape[1]])
+
+
+def alias(name, **changed):
+    options = {"rank": 4, "update_proj_gap": 100, "fit": of_columns, "weight_decay": 0.1}
+    schedule = optax.linear_schedule(0.1, 0.05, 4)
+    return getattr(ol, name)(schedule, **options | changed)
+
+
+def run(tx, batches, params=PARAMS):
+    state, update = tx.init(params), jax.jit(tx.update)
+    moves = []
+    for grads in batches:
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        moves.append(updates)
+    return moves, params, state
+
+
+@pytest.mark.parametrize(
+    ("name", "rotate"),
+    [("galore", False), ("natural_galore", False), ("adarankgrad", True), ("gradnormlorp", True)],
+)
+def test_equals_multi_steps_between_refreshes(name, rotate):
+    # one gradient in all micro-batches of the first window, so that both fit the same basis; then real ones
+    first, *rest = micro_batches(1 + 3 * K)
+    ours = alias(name, accumulate=K, rotate_moments=rotate)
+    theirs = optax.MultiSteps(alias(name, rotate_moments=rotate), K)
+    moves, params, _ = run(ours, [first] * K + rest)
+    expected, theirs_params, _ = run(theirs, [first] * K + rest)
+    for ours_here, expected_here in zip(moves, expected, strict=True):
+        assert_close(ours_here, expected_here, atol=1e-5)
+    assert_close(params, theirs_params, atol=1e-5)
+
+
+def test_updates_within_a_window_are_zero_and_change_nothing_else():
+    tx = alias("galore", accumulate=K)
+    moves, _, state = run(tx, micro_batches(2 * K))
+    for i, updates in enumerate(moves):
+        moved = [bool(jnp.any(u != 0)) for u in jax.tree.leaves(updates)]
+        assert moved == [i % K == K - 1] * len(moved)
+    adam = [s for s in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(s)]
+    assert [int(s.count) for s in adam] == [2, 2]
+
+
+def is_adam(x):
+    return isinstance(x, optax.ScaleByAdamState)
+
+
+@pytest.mark.parametrize("name", ["adarankgrad", "gradnormlorp"])
+def test_moments_are_told_of_the_refit_at_the_beginning_of_the_window(name):
+    # every window has one gradient, so that its basis is that of the mean: then windows are steps, refits included
+    distinct = micro_batches(4)
+    options = {"update_proj_gap": 2, "rotate_moments": True}
+    windows = [grads for grads in distinct for _ in range(K)]
+    _, params, _ = run(alias(name, accumulate=K, **options), windows)
+    _, expected, _ = run(alias(name, **options), distinct)
+    assert_close(params, expected, atol=2e-5)
+
+
+def test_basis_stands_during_a_window():
+    tx = alias("galore", accumulate=K, update_proj_gap=1)
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    bases = []
+    for grads in micro_batches(2 * K):
+        _, state = update(grads, state, PARAMS)
+        bases.append(low_rank_state(state).basis["kernel"])
+    changed = [bool(jnp.any(a != b)) for a, b in itertools.pairwise(bases)]
+    assert changed == [i % K == K - 1 for i in range(2 * K - 1)]
+
+
+def low_rank_state(state):
+    is_one = lambda x: isinstance(x, ol.LowRankState)
+    return next(s for s in jax.tree.leaves(state, is_leaf=is_one) if is_one(s))
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_micro_batch_that_is_not_finite_counts_as_zero(bad):
+    batches = micro_batches(2 * K)
+    nothing = jax.tree.map(jnp.zeros_like, PARAMS)
+    broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(bad), batches[4])
+    broken["kernel"] = broken["kernel"].at[1].set(bad)  # both layers
+    tx = alias("galore", accumulate=K)
+    _, params, state = run(tx, [*batches[:4], broken, batches[5]])
+    _, expected, _ = run(tx, [*batches[:4], nothing, batches[5]])
+    assert_close(params, expected, atol=1e-6)
+    assert ol.diagnostics(state)["kernel"].skips.tolist() == [1, 1]
+
+
+def test_matrix_whose_window_ends_badly_steps_with_the_next_one():
+    batches = micro_batches(3 * K)
+    broken = batches[2 * K - 1] | {"kernel": batches[2 * K - 1]["kernel"].at[1, 0, 0].set(jnp.nan)}
+    tx = lossless()
+    good = [updates["kernel"] for updates in run(tx, batches)[0]]
+    bad = [
+        updates["kernel"]
+        for updates in run(tx, [*batches[: 2 * K - 1], broken, *batches[2 * K :]])[0]
+    ]
+    assert not jnp.any(bad[2 * K - 1][1])
+    np.testing.assert_allclose(bad[2 * K - 1][0], good[2 * K - 1][0], atol=1e-5)
+    both = good[2 * K - 1] + good[3 * K - 1]
+    without_the_broken = both[1] + batches[2 * K - 1]["kernel"][1] / K
+    np.testing.assert_allclose(bad[3 * K - 1][1], without_the_broken, atol=1e-5)
+
+
+def lossless():
+    """The mean gradient of each window, by way of a subspace that holds all of it."""
+    policy = ol.in_windows(ol.every(100), K)
+    core = ol.low_rank(ol.accumulated(optax.identity(), K), rank=12, refresh=policy, fit=ol.svd())
+    return ol.assemble(core, 1.0, rank=4, accumulate=K)
+
+
+def test_late_refit_turns_what_other_layers_have_summed():
+    # layer 1 has no gradient at the beginning of the window, so that its basis comes with the second micro-batch
+    batches = micro_batches(K)
+    batches[0]["kernel"] = batches[0]["kernel"].at[1].set(0)
+    moves, *_ = run(lossless(), batches)
+    expected = -mean([grads["kernel"] for grads in batches])
+    np.testing.assert_allclose(moves[-1]["kernel"], expected, atol=1e-5)
+
+
+def test_memory_is_that_of_coordinates():
+    shapes = {"kernel": jax.ShapeDtypeStruct((1024, 4096), jnp.float32)}
+    bytes_of = lambda tx: ol.memory_report(tx, shapes).arrays
+    plain = bytes_of(ol.galore(1e-3, rank=128))
+    assert bytes_of(ol.galore(1e-3, rank=128, accumulate=K)) - plain == 4 * 128 * 4096
+    rotating = bytes_of(ol.galore(1e-3, rank=128, accumulate=K, rotate_moments=True))
+    assert rotating - bytes_of(ol.galore(1e-3, rank=128, rotate_moments=True)) == 4 * 128 * (
+        4096 + 128
+    )
+
+
+def test_traces_once():
+    tx = alias("adarankgrad", accumulate=K)
+    traces = []
+
+    @jax.jit
+    def step(grads, state):
+        traces.append(None)
+        return tx.update(grads, state, PARAMS)
+
+    state = tx.init(PARAMS)
+    for grads in micro_batches(2 * K + 1):
+        _, state = step(grads, state)
+    assert len(traces) == 1
+
+
+def test_resize_cuts_the_sums():
+    tx = alias("adarankgrad", accumulate=K)
+    *_, state = run(tx, micro_batches(K + 1))
+    smaller = ol.resize(tx, state, PARAMS, 2)
+    updates, _ = tx.update(micro_batches(1)[0], smaller, PARAMS)
+    assert low_rank_state(smaller).inner.mean["kernel/R"].shape[1] == 2
+    assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.0])
+def test_bad_windows_are_errors(k):
+    with pytest.raises(ValueError, match="`accumulate` must be a positive number"):
+        ol.galore(1e-3, accumulate=k)
+
+
+def test_fira_needs_whole_gradients():
+    with pytest.raises(ValueError, match=r"`accumulate` must be 1, got 2.*MultiSteps"):
+        ol.fira(1e-3, accumulate=2)
