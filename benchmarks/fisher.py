@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import optax_lowrank as ol
-from benchmarks.timing import markdown, milliseconds, ratio, take_turns
+from benchmarks.tables import Options, Table
+from benchmarks.timing import NOTE, clocked, milliseconds, ratio, take_turns
 
-SHAPES = ((128, 1376), (512, 5461))
 
-
-def fisher() -> str:
-    """One step against one pass over the history, H g."""
+def fisher(options: Options) -> Table:
+    """One step of the Fisher preconditioner against one pass over its history, H g."""
+    shapes = ((4, 24),) if options.quick else ((128, 1376), (512, 5461))
     rows = []
-    for shape in SHAPES:
+    for shape in shapes:
         for history in (4, 20):
             random = np.random.default_rng(0)
             g = jnp.asarray(random.standard_normal(shape, np.float32))
@@ -27,8 +27,9 @@ def fisher() -> str:
                 updates, holder[0] = step(g, holder[0])
                 return updates
 
-            seconds = take_turns({"H g": lambda H=H, g=g, p=product: p(H, g), "step": one_step}, 25)
+            calls = {"H g": lambda H=H, g=g, product=product: product(H, g), "step": one_step}
+            seconds = take_turns({name: clocked(call) for name, call in calls.items()}, 25)
             cells = (f"{shape[0]}×{shape[1]}", str(history))
             times = (milliseconds(seconds["H g"]), milliseconds(seconds["step"]))
             rows.append((*cells, *times, f"{ratio(seconds['step'], seconds['H g']):.2f}"))
-    return markdown(("coordinates", "history", "H g, ms", "step, ms", "ratio"), rows)
+    return Table(("coordinates", "history", "H g, ms", "step, ms", "ratio"), rows, (NOTE,))

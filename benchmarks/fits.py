@@ -1,83 +1,73 @@
-"""How long a basis takes, and how good it is: every fit against the full SVD, and a whole step with a refresh."""
+"""How long a basis takes, and how good it is: every fit against the full SVD, in one thread and in two."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import optax_lowrank as ol
-from benchmarks.timing import markdown, milliseconds, ratio, take_turns
+from benchmarks.gradients import decaying
+from benchmarks.processes import HINT, peers, threads, with_threads
+from benchmarks.tables import Options, Table, bars
+from benchmarks.timing import NOTE, clocked, milliseconds, ratio, take_turns
 
-RANK = 128
-SHAPES = ((1024, 2736), (2048, 2048))
-
-
-def gradient(m: int, n: int) -> tuple[jax.Array, float]:
-    """A matrix with singular values k^-0.7, and the energy that its best basis of `RANK` columns holds."""
-    random = np.random.default_rng(0)
-    side = min(m, n)
-    U, V = (np.linalg.qr(random.standard_normal((size, side)))[0] for size in (m, n))
-    s = np.arange(1, side + 1) ** -0.7
-    G = ((U * s) @ V.T).astype(np.float32)
-    return jnp.asarray(G), float(np.sum(s[:RANK] ** 2))
+FITS = {
+    "randomized_svd()": ol.randomized_svd(),
+    "randomized_svd(power_iterations=2)": ol.randomized_svd(power_iterations=2),
+    "subspace_iteration(), cold": ol.subspace_iteration(),
+    "gaussian()": ol.gaussian(),
+}
 
 
-def fits() -> str:
-    """Each fit on one matrix."""
-    rows = []
-    for m, n in SHAPES:
-        G, best = gradient(m, n)
-        empty, key = jnp.zeros((m, RANK)), jax.random.key(0)
-        chosen = {
-            "svd()": ol.svd(),
-            "randomized_svd()": ol.randomized_svd(),
-            "randomized_svd(power_iterations=2)": ol.randomized_svd(power_iterations=2),
-            "subspace_iteration(), cold": ol.subspace_iteration(),
-            "gaussian()": ol.gaussian(),
-        }
-        jitted = {name: jax.jit(fit) for name, fit in chosen.items()}
-        full = jax.jit(lambda G: jnp.linalg.svd(G, full_matrices=False))
-        calls = {
-            name: lambda fit=fit, G=G, e=empty, k=key: fit(k, G, e) for name, fit in jitted.items()
-        }
-        seconds = take_turns({"jnp.linalg.svd": lambda full=full, G=G: full(G), **calls}, repeats=5)
-        for name, fit in jitted.items():
-            P = fit(key, G, empty)
-            energy = float(jnp.sum(jnp.square(P.T @ G))) / best
-            error = float(jnp.max(jnp.abs(P.T @ P - jnp.eye(RANK))))
-            speed = ratio(seconds["jnp.linalg.svd"], seconds[name])
-            cells = (f"{m}×{n}", name, milliseconds(seconds[name]), f"{speed:.1f}×")
-            rows.append((*cells, f"{energy:.4f}", f"{error:.1e}"))
+def fits(options: Options) -> Table:
+    """Each fit on one matrix with singular values k^-0.7."""
+    shapes, rank = (((32, 48),), 4) if options.quick else (((1024, 2736), (2048, 2048)), 128)
+    cases = [
+        with_threads(cores, _one_matrix, options, shape, rank)
+        for cores in sorted({1, min(2, threads())})
+        for shape in shapes
+    ]
     header = (
         "matrix",
+        "threads",
         "fit",
         "ms",
-        "faster than the full SVD",
+        "faster than jnp.linalg.svd",
+        "than torch.linalg.svd",
         "energy of the best basis",
         "‖PᵀP − I‖",
     )
-    return markdown(header, rows)
+    figure = bars(
+        "faster than jnp.linalg.svd, times", {title: faster for title, _, faster in cases}, log=True
+    )
+    notes = (f"r = {rank}.", NOTE) if options.torch else (f"r = {rank}.", NOTE, HINT)
+    return Table(header, [row for _, rows, _ in cases for row in rows], notes, figure)
 
 
-def refresh_steps() -> str:
-    """A whole optimizer step with a refresh, on one matrix, against the same step with the exact fit."""
-    rows = []
-    for m, n in SHAPES:
-        grads = {"kernel": gradient(m, n)[0]}
-        calls = {}
-        for name, tx in {
-            "galore(fit=svd())": ol.galore(1e-3, rank=RANK, update_proj_gap=1, fit=ol.svd()),
-            "optax.contrib.galore": optax.contrib.galore(1e-3, rank=RANK, update_proj_gap=1),
-            "galore()": ol.galore(1e-3, rank=RANK, update_proj_gap=1),
-            "galore(), no refresh": ol.galore(1e-3, rank=RANK, update_proj_gap=10**6),
-        }.items():
-            update = jax.jit(tx.update)
-            _, state = update(grads, tx.init(grads), grads)  # "no refresh": its first step has one
-            calls[name] = lambda update=update, state=state, grads=grads: update(
-                grads, state, grads
-            )
-        seconds = take_turns(calls, repeats=5)
-        for name, values in seconds.items():
-            speed = ratio(seconds["galore(fit=svd())"], values)
-            rows.append((f"{m}×{n}", name, milliseconds(values), f"{speed:.1f}×"))
-    return markdown(("matrix", "step with a refresh", "ms", "faster than with svd()"), rows)
+def _one_matrix(options, shape, rank):
+    """Title, rows, and how many times faster than `jnp.linalg.svd` by name; runs in a process of its own."""
+    G, key = jnp.asarray(next(decaying([shape]))), jax.random.key(0)
+    best = float(np.sum(np.arange(1, rank + 1) ** -1.4))
+    empty = jnp.zeros((shape[0], rank))
+    jitted = {name: jax.jit(fit) for name, fit in FITS.items()}
+    full = jax.jit(lambda G: jnp.linalg.svd(G, full_matrices=False))
+    calls = {"jnp.linalg.svd": clocked(lambda: full(G))}
+    with peers(options.torch, [shape], rank, (), gradients="decaying") as process:
+        if process:
+            calls["torch.linalg.svd"] = process.call("svd", 0)
+        for name, fit in jitted.items():
+            calls[name] = clocked(lambda fit=fit: fit(key, G, empty))
+        seconds = take_turns(calls, 5, budget=12)
+    title, cores = f"{shape[0]}×{shape[1]}", str(threads())
+    rows, faster = [], {}
+    for name, values in seconds.items():
+        by = lambda other, v=values: f"{ratio(seconds[other], v):.1f}×" if other in seconds else "–"
+        cells = (milliseconds(values), by("jnp.linalg.svd"), by("torch.linalg.svd"))
+        quality = ("–", "–")
+        if name in jitted:
+            P = jitted[name](key, G, empty)
+            energy = float(jnp.sum(jnp.square(P.T @ G))) / best
+            error = float(jnp.max(jnp.abs(P.T @ P - jnp.eye(rank))))
+            quality = (f"{energy:.4f}", f"{error:.1e}")
+        rows.append((title, cores, name, *cells, *quality))
+        faster[name] = ratio(seconds["jnp.linalg.svd"], values)
+    return f"{title}, threads: {cores}", rows, faster

@@ -1,4 +1,4 @@
-"""A Llama: RMSNorm, rotary positions, SwiGLU, causal attention, no biases, untied embedding and head.
+"""A Llama: RMSNorm, rotary positions, SwiGLU, causal attention, no biases.
 
     x = embed(tokens)
     x = x + attention(norm(x));  x = x + mlp(norm(x))      for each layer
@@ -22,6 +22,7 @@ class LlamaConfig:
 
     `interleaved_rope` rotates the features (0, 1), (2, 3), … of a head of size h instead of (0, h/2),
     (1, h/2 + 1), …: the same up to the order of the q and k features, and published weights have both.
+    `tied` uses the embedding as the head, too.
     """
 
     hidden: int
@@ -33,6 +34,7 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     interleaved_rope: bool = False
     norm_eps: float = 1e-6
+    tied: bool = False
     dtype: DTypeLike = jnp.float32  # parameters and activations; norms and softmax are float32
 
 
@@ -141,13 +143,16 @@ class Llama(nnx.Module):
         )
         self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
         self.norm = rms_norm(config, rngs)
-        self.lm_head = linear(config.hidden, config.vocab, config, rngs)
+        if not config.tied:
+            self.lm_head = linear(config.hidden, config.vocab, config, rngs)
+        self.tied = config.tied
 
     def __call__(self, tokens: Array) -> Array:
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x)
-        return self.lm_head(self.norm(x)).astype(jnp.float32)
+        head = self.embed.attend if self.tied else self.lm_head
+        return head(self.norm(x)).astype(jnp.float32)
 
 
 def abstract_llama(config: LlamaConfig) -> tuple[nnx.GraphDef, nnx.State]:

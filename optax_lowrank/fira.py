@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowrank.assemble import assemble
+from optax_lowrank.bases import basis_store
 from optax_lowrank.fits import Fit, randomized_svd
 from optax_lowrank.low_rank import low_rank
-from optax_lowrank.quantize import adam_moments, basis_dtype
-from optax_lowrank.refresh import every
+from optax_lowrank.quantize import StateBits, adam_moments
+from optax_lowrank.refresh import Policy, as_policy
 
 
 def scale_by_subspace_ratio(
@@ -129,7 +130,7 @@ def limit_norm_growth(
 def fira(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_proj_gap: int = 200,
+    update_proj_gap: int | Policy = 200,
     scale: jax.typing.ArrayLike = 0.25,
     *,
     b1: jax.typing.ArrayLike = 0.9,
@@ -143,7 +144,7 @@ def fira(
     side: Literal["short", "long"] = "short",
     rotate_moments: bool = False,
     dense: optax.GradientTransformation | None = None,
-    state_bits: Literal[8] | None = None,
+    state_bits: StateBits = None,
     accumulate: int = 1,
     seed: int = 0,
     limit: jax.typing.ArrayLike = 1.01,
@@ -157,7 +158,8 @@ def fira(
     Args:
       learning_rate: η, a number or a schedule.
       rank: r. Matrices with a side no longer than this are not projected.
-      update_proj_gap: T, optimizer updates between refreshes; may be traced.
+      update_proj_gap: T, optimizer updates between refreshes, which may be traced; or a refresh policy, such as
+        `every(200, stagger=True)`.
       scale: α, of the subspace step.
       b1, b2, eps, mu_dtype: of Adam.
       weight_decay: λ, decoupled, in full space.
@@ -167,7 +169,8 @@ def fira(
       side: "short" or "long", the side of a matrix that is projected.
       rotate_moments: carry the moments over to the new basis at a refresh; the paper leaves them as they are.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
-      state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
+      state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16; a dict of arguments of
+        `quantize_state`, such as {"min_size": 256}, does so in its own way.
       accumulate: 1; the residual needs the mean of whole gradients, which `optax.MultiSteps` keeps.
       seed: of the random sketches.
       limit: γ. The paper's ablation has 1.01 best, infinity worst.
@@ -200,7 +203,7 @@ def fira(
             adam(rotate=rotate_moments),
             rank=rank,
             fit=fit or randomized_svd(),
-            refresh=every(update_proj_gap),
+            refresh=as_policy(update_proj_gap),
             residual=optax.chain(
                 scale_by_subspace_ratio(),
                 limit_norm_growth(limit, batch_axes=1),
@@ -210,7 +213,7 @@ def fira(
             side=side,
             scale=scale,
             seed=seed,
-            basis_dtype=basis_dtype(state_bits),
+            basis_store=basis_store(state_bits),
         ),
         learning_rate,
         rank=rank,

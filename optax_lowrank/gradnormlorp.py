@@ -15,10 +15,11 @@ import optax
 
 from optax_lowrank.accumulate import accumulated, at_window_end
 from optax_lowrank.assemble import assemble
+from optax_lowrank.bases import basis_store
 from optax_lowrank.fits import Fit, randomized_svd
 from optax_lowrank.low_rank import keep_where, low_rank
-from optax_lowrank.quantize import adam_moments, basis_dtype
-from optax_lowrank.refresh import every, in_windows
+from optax_lowrank.quantize import StateBits, adam_moments
+from optax_lowrank.refresh import Policy, as_policy, in_windows
 from optax_lowrank.views import MatrixAxes, MatrixView, axes_by_path, flatten_by_path
 
 
@@ -162,7 +163,7 @@ def _wide(x):
 def gradnormlorp(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_proj_gap: int = 200,
+    update_proj_gap: int | Policy = 200,
     scale: jax.typing.ArrayLike = 0.25,
     *,
     b1: jax.typing.ArrayLike = 0.9,
@@ -176,10 +177,11 @@ def gradnormlorp(
     side: Literal["short", "long"] = "short",
     rotate_moments: bool = False,
     dense: optax.GradientTransformation | None = None,
-    state_bits: Literal[8] | None = None,
+    state_bits: StateBits = None,
     accumulate: int = 1,
     seed: int = 0,
     two_sided: bool = True,
+    basis_bits: Literal[8, 4] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """GradNormLoRP: `weight_norm` over a two-sided projection of the direction's gradient.
 
@@ -189,7 +191,8 @@ def gradnormlorp(
     Args:
       learning_rate: η, a number or a schedule.
       rank: r, the cap on both sides. Matrices with a side no longer than this are not projected.
-      update_proj_gap: T, optimizer updates between refreshes; may be traced.
+      update_proj_gap: T, optimizer updates between refreshes, which may be traced; or a refresh policy, such as
+        `every(200, stagger=True)`.
       scale: α, of the direction's step only.
       b1, b2, eps, mu_dtype: of Adam.
       weight_decay: λ, decoupled. It acts on magnitudes: on directions the norm would undo it.
@@ -200,17 +203,19 @@ def gradnormlorp(
       side: "short" or "long", the side that is projected first, or alone.
       rotate_moments: carry the moments over to the new basis at a refresh; the paper leaves them as they are.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
-      state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
+      state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16; a dict of arguments of
+        `quantize_state`, such as {"min_size": 256}, does so in its own way.
       accumulate: k micro-batches that make one update. Their gradients are summed in the subspace (`accumulated`), and
         updates in between are zero; `update_proj_gap` and schedules count the real ones.
       seed: of the random sketches.
       two_sided: project both sides; otherwise one, with moments of r × n.
+      basis_bits: 8 or 4 keeps bases in codes of so many bits, orthonormal again where they are used (`InCodes`).
 
     Returns:
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: a bad `rank`, `side` or `update_proj_gap`; `update` without `params`.
+      TypeError, ValueError: a bad `rank`, `side`, `update_proj_gap` or `basis_bits`; `update` without `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_lowrank as ol
@@ -226,9 +231,9 @@ def gradnormlorp(
     common = {
         "rank": rank,
         "fit": fit or randomized_svd(),
-        "refresh": in_windows(every(update_proj_gap), accumulate),
+        "refresh": in_windows(as_policy(update_proj_gap), accumulate),
         "seed": seed,
-        "basis_dtype": basis_dtype(state_bits),
+        "basis_store": basis_store(state_bits, basis_bits),
     }
     sides = ("rotation", "column_rotation") if two_sided else ("rotation",)
     inner = accumulated(adam(rotate=rotate_moments), accumulate, sides if rotate_moments else ())

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_lowrank.bases import BasisStore, InDtype
 from optax_lowrank.fits import Fit, randomized_svd
 from optax_lowrank.refresh import (
     Policy,
@@ -55,7 +56,7 @@ class LowRankState(NamedTuple):
     """State of `low_rank`: dicts by path, so that no wrapper mistakes a (b, m, r) array for a parameter's copy."""
 
     count: jax.Array  # () int32, updates so far
-    basis: Any  # (b, m, r), changes on refresh
+    basis: Any  # (b, m, r), as `basis_store` encodes it; changes on refresh
     stats: Statistics  # one entry a matrix, changes on every step
     inner: optax.OptState  # whatever `inner` keeps for R
     residual: optax.OptState  # whatever `residual` keeps for E
@@ -72,7 +73,7 @@ def low_rank(
     side: Literal["short", "long"] = "short",
     scale: jax.typing.ArrayLike = 1.0,
     seed: int = 0,
-    basis_dtype: Any = None,
+    basis_store: BasisStore = InDtype(),  # noqa: B008
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` on the coordinates of the gradient in a low-rank basis, and `residual` on what is left.
 
@@ -98,8 +99,8 @@ def low_rank(
         state. A square matrix is projected on its reduction side.
       scale: multiplies the subspace step, not the residual.
       seed: of the random sketches, which differ between matrices and between refits.
-      basis_dtype: dtype in which bases are stored, `jnp.bfloat16` to halve them (orthonormal to 1e-2 then); they are
-        fitted and used in that of the coordinates, which is the default.
+      basis_store: how bases are stored: `InDtype(jnp.bfloat16)` halves them (orthonormal to 1e-2 then), `InCodes(8)`
+        and `InCodes(4)` keep codes. They are fitted and used in the dtype of the coordinates, which is the default.
 
     Returns:
       A transformation. Updates have the gradient's shape and dtype; arithmetic is float32 or wider.
@@ -152,7 +153,7 @@ def low_rank(
         return LowRankState(
             count=count,
             basis={
-                p: jnp.zeros((v.batch, v.m, ranks[p]), basis_dtype or dtype[p])
+                p: basis_store.encode(jnp.zeros((v.batch, v.m, ranks[p]), dtype[p]))
                 for p, v in views.items()
             },
             stats=initial_statistics(sum(view.batch for view in views.values())),
@@ -174,16 +175,16 @@ def low_rank(
 
         pending = state.stats.pending | refresh(state.count, state.stats)
         key = jax.random.fold_in(jax.random.key(seed), state.count)
-        basis, Q, fitted, total = refit(fit, key, leaves, views, state.basis, pending)
-        P = {path: stored.astype(Q[path].dtype) for path, stored in basis.items()}
+        basis, Q, fitted, total = refit(fit, basis_store, key, leaves, views, state.basis, pending)
+        P = {p: basis_store.decode(x, views[p].m, Q[p].dtype) for p, x in basis.items()}
         places = positions({path: view.batch for path, view in views.items()})
         refreshed = {path: jnp.any(fitted[place]) for path, place in places.items()}
 
         G = {path: view.fold(leaves[path]).astype(P[path].dtype) for path, view in views.items()}
         R = {path: jnp.matmul(P[path].mT, G[path]) for path in views}
         # whatever is not finite in G shows in R; a square that overflows would poison a second moment for good
-        energy = _per_matrix(_energy(R), places)
-        finite = {path: jnp.isfinite(energy[place]) for path, place in places.items()}
+        energy = _energy(R)
+        finite = {path: jnp.isfinite(e) for path, e in energy.items()}
         R = {path: _where(finite[path], r) for path, r in R.items()}
         if outer_refreshed is not None:
             R = {
@@ -217,6 +218,7 @@ def low_rank(
             path: view.unfold(out[path].astype(leaves[path].dtype)) for path, view in views.items()
         }
 
+        energy = _per_matrix(energy, places)
         if getattr(refresh, "watches_captured", False):
             total = _per_matrix(_energy(G), places)
         return treedef.unflatten(out.values()), LowRankState(

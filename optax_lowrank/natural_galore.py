@@ -15,12 +15,13 @@ from jax import lax
 
 from optax_lowrank.accumulate import accumulated
 from optax_lowrank.assemble import assemble
+from optax_lowrank.bases import basis_store
 from optax_lowrank.fits import Fit, randomized_svd
 from optax_lowrank.linalg import matmul, push_through_weights
 from optax_lowrank.low_rank import low_rank
 from optax_lowrank.moments import turns
-from optax_lowrank.quantize import adam_moments, basis_dtype
-from optax_lowrank.refresh import every, in_windows
+from optax_lowrank.quantize import StateBits, adam_moments
+from optax_lowrank.refresh import Policy, as_policy, in_windows
 
 
 class WoodburyFisherState(NamedTuple):
@@ -231,7 +232,7 @@ def _from_codes(stored, unit):
 def natural_galore(
     learning_rate: optax.ScalarOrSchedule,
     rank: int = 128,
-    update_proj_gap: int = 200,
+    update_proj_gap: int | Policy = 200,
     scale: jax.typing.ArrayLike = 0.25,
     *,
     b1: jax.typing.ArrayLike = 0.9,
@@ -245,7 +246,7 @@ def natural_galore(
     side: Literal["short", "long"] = "short",
     rotate_moments: bool = False,
     dense: optax.GradientTransformation | None = None,
-    state_bits: Literal[8] | None = None,
+    state_bits: StateBits = None,
     accumulate: int = 1,
     seed: int = 0,
     history: int = 4,
@@ -262,7 +263,8 @@ def natural_galore(
     Args:
       learning_rate: η, a number or a schedule.
       rank: r. Matrices with a side no longer than this are not projected.
-      update_proj_gap: T, optimizer updates between refreshes; may be traced.
+      update_proj_gap: T, optimizer updates between refreshes, which may be traced; or a refresh policy, such as
+        `every(200, stagger=True)`.
       scale: α, of the subspace step.
       b1, b2, eps, mu_dtype: of Adam.
       weight_decay: λ_d, decoupled, in full space.
@@ -272,7 +274,8 @@ def natural_galore(
       side: "short" or "long", the side of a matrix that is projected.
       rotate_moments: carry the moments over to the new basis at a refresh; the history always is.
       dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
-      state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16.
+      state_bits: 8 keeps moments as 8-bit codes (`quantize_state`) and bases in bfloat16; a dict of arguments of
+        `quantize_state`, such as {"min_size": 256}, does so in its own way.
       accumulate: k micro-batches that make one update. Their gradients are summed in the subspace (`accumulated`), and
         updates in between are zero; `update_proj_gap` and schedules count the real ones.
       seed: of the random sketches.
@@ -309,12 +312,12 @@ def natural_galore(
             ),
             rank=rank,
             fit=fit or randomized_svd(),
-            refresh=in_windows(every(update_proj_gap), accumulate),
+            refresh=in_windows(as_policy(update_proj_gap), accumulate),
             axes=weight_dimension_numbers,
             side=side,
             scale=scale,
             seed=seed,
-            basis_dtype=basis_dtype(state_bits),
+            basis_store=basis_store(state_bits),
         ),
         learning_rate,
         rank=rank,

@@ -10,12 +10,13 @@ import functools
 import itertools
 import zlib
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_lowrank.bases import BasisStore
 from optax_lowrank.fits import Fit
 from optax_lowrank.linalg import matmul
 from optax_lowrank.views import MatrixView
@@ -143,6 +144,11 @@ def on_staleness(min_captured: float = 0.5, min_gap: int = 20, max_gap: int = 20
     return due
 
 
+def as_policy(gap: jax.typing.ArrayLike | Policy) -> Policy:
+    """The aliases' `update_proj_gap`: a policy as it is, a number as `every` so many updates."""
+    return gap if callable(gap) else every(gap)
+
+
 def in_windows(policy: Policy, k: int) -> Policy:
     """Refresh policy for windows of k micro-batches: `policy`, counting windows, at the first micro-batch of each.
 
@@ -177,7 +183,7 @@ def _check_gaps(min_gap, max_gap):
 class Refit(NamedTuple):
     """Outcome of the refresh of one step."""
 
-    basis: dict[str, jax.Array]  # (b, m, r)
+    basis: dict[str, Any]  # (b, m, r) as stored
     rotation: dict[str, jax.Array]  # (b, r, r), P_newᵀ P_old; the identity where not fitted
     fitted: jax.Array  # (k,) bool
     energy: jax.Array  # (k,) float32, ‖G‖² where fitted
@@ -196,7 +202,9 @@ def initial_statistics(k: int) -> Statistics:
     )
 
 
-def refit(fit: Fit, key, leaves, views: Mapping[str, MatrixView], basis, pending) -> Refit:
+def refit(
+    fit: Fit, store: BasisStore, key, leaves, views: Mapping[str, MatrixView], basis, pending
+) -> Refit:
     """Refits the matrices in `pending` whose gradient is finite and nonzero; the others keep their basis.
 
     Leaves of equal folded shape share one compiled fit, which a loop applies to one matrix after the other: compile
@@ -204,7 +212,7 @@ def refit(fit: Fit, key, leaves, views: Mapping[str, MatrixView], basis, pending
     """
     groups = collections.defaultdict(list)
     for path in sorted(views):
-        view, P = views[path], basis[path]
+        view, P = views[path], jax.tree.leaves(basis[path])[-1]
         groups[view.m, view.n, P.shape[2], P.dtype, leaves[path].dtype].append(path)
     places = positions({path: view.batch for path, view in views.items()})
     bases, rotations, fitted, energy, order = {}, {}, [], [], []
@@ -212,7 +220,7 @@ def refit(fit: Fit, key, leaves, views: Mapping[str, MatrixView], basis, pending
         index = jnp.concatenate([jnp.arange(places[p].start, places[p].stop) for p in paths])
         pick = lambda tree, paths=paths: {path: tree[path] for path in paths}
         group = _refit_equal_shapes(
-            fit, tuple(pick(views).items()), key, pick(leaves), pick(basis), pending[index]
+            fit, store, tuple(pick(views).items()), key, pick(leaves), pick(basis), pending[index]
         )
         bases |= group.basis
         rotations |= group.rotation
@@ -226,26 +234,26 @@ def refit(fit: Fit, key, leaves, views: Mapping[str, MatrixView], basis, pending
 
 
 @functools.partial(
-    jax.jit, static_argnums=(0, 1)
+    jax.jit, static_argnums=(0, 1, 2)
 )  # so that a step outside jit does not compile it again
-def _refit_equal_shapes(fit, views, key, leaves, basis, pending) -> Refit:
+def _refit_equal_shapes(fit, store, views, key, leaves, basis, pending) -> Refit:
     views = dict(views)
     paths = list(views)
+    m, r = views[paths[0]].m, jax.tree.leaves(basis[paths[0]])[-1].shape[2]
     batches = [view.batch for view in views.values()]
     leaf_of = jnp.array([leaf for leaf, b in enumerate(batches) for _ in range(b)])
     layer_of = jnp.array([layer for b in batches for layer in range(b)])
     names = jnp.array([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
-    stored_dtype = basis[paths[0]].dtype
     dtype = jnp.promote_types(leaves[paths[0]].dtype, jnp.float32)
-    identity = jnp.eye(basis[paths[0]].shape[2], dtype=dtype)
+    identity = jnp.eye(r, dtype=dtype)
 
     def one(matrix):
         leaf, layer, wait = matrix
         load = lambda read: lax.switch(
             leaf, [lambda i, path=path: read(path, i) for path in paths], layer
         )
-        P = load(lambda path, i: basis[path][i])
-        keep = lambda: (P, identity, False, jnp.float32(0))  # the basis bit for bit
+        stored = load(lambda path, i: jax.tree.map(lambda x: x[i], basis[path]))
+        keep = lambda: (stored, identity, False, jnp.float32(0))  # the basis bit for bit
 
         def try_fit():
             G = load(lambda path, i: views[path].matrix(leaves[path], i)).astype(dtype)
@@ -255,10 +263,11 @@ def _refit_equal_shapes(fit, views, key, leaves, basis, pending) -> Refit:
 
         def fit_one(G, unit):
             sketch_key = jax.random.fold_in(jax.random.fold_in(key, names[leaf]), layer)
-            P_new = fit(sketch_key, G, P.astype(dtype)).astype(stored_dtype)
+            P = store.decode(stored, m, dtype)
+            new = store.encode(fit(sketch_key, G, P))
             return (
-                P_new,
-                matmul(P_new.astype(dtype).T, P.astype(dtype)),
+                new,
+                matmul(store.decode(new, m, dtype).T, P),
                 True,
                 (jnp.sum(jnp.square(G)) * unit**2).astype(jnp.float32),
             )
@@ -267,9 +276,11 @@ def _refit_equal_shapes(fit, views, key, leaves, basis, pending) -> Refit:
 
     def loop():
         P, Q, fitted, energy = lax.map(one, (leaf_of, layer_of, pending))
-        split = lambda x: dict(
-            zip(paths, jnp.split(x, list(itertools.accumulate(batches))[:-1]), strict=True)
-        )
+        ends = list(itertools.accumulate(batches))
+        split = lambda tree: {
+            path: jax.tree.map(lambda x, end=end, b=b: x[end - b : end], tree)
+            for path, end, b in zip(paths, ends, batches, strict=True)
+        }
         return Refit(split(P), split(Q), fitted, energy)
 
     def skip():

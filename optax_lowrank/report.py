@@ -51,7 +51,9 @@ def diagnostics(state) -> dict[str, LeafDiagnostics]:
         stats = Statistics(*jax.tree.leaves(low_rank_state.stats))
         (count,) = jax.tree.leaves(low_rank_state.count)
         bases = {
-            path: jax.tree.leaves(low_rank_state.basis[path])[0] for path in _paths(low_rank_state)
+            # of a basis in codes the scales, whose columns are zero where the basis's are
+            path: jax.tree.leaves(low_rank_state.basis[path])[-1]
+            for path in _paths(low_rank_state)
         }
         for path, place in positions({path: len(P) for path, P in bases.items()}).items():
             last_fit = stats.last_fit[place]

@@ -204,7 +204,7 @@ def _by_name(tree) -> dict[str, Any]:
 
 
 def _bases(tree, prefix="") -> dict[str, tuple[str, Any]]:
-    """Path of the leaf and array of each basis, by name."""
+    """Path of the leaf and array (b, ·, r) of each basis, by name."""
     found = {}
     is_one = lambda x: isinstance(x, LowRankState)
     for key_path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_one):
@@ -213,7 +213,10 @@ def _bases(tree, prefix="") -> dict[str, tuple[str, Any]]:
             at = prefix + "".join(f"{key}/" for key in keys)
             if isinstance(x.basis, Mapping):  # otherwise it has no leaves
                 for path, P in x.basis.items():
-                    found[f"{at}basis/{path}"] = path, jax.tree.leaves(P)[0]  # nnx boxes arrays
+                    # the last array: of a basis in codes the scales, with the same columns
+                    name, array = list(_by_name(P).items())[-1]
+                    name = f"{at}basis/{path}/{name}".removesuffix("/value")  # nnx boxes arrays
+                    found[name.removesuffix("/")] = path, array
             found |= _bases(x.inner, f"{at}inner/") | _bases(x.residual, f"{at}residual/")
     return found
 

@@ -75,12 +75,18 @@ def _folded_spec(key_path, shape, leaf_shape, axes: MatrixAxes, spec) -> Partiti
     """Spec of a (b, ·, ·) array: each of its axes that is a whole side of the leaf's matrix lies as that side does."""
     view = MatrixView.of(leaf_shape, axes, "reduction")
     sides = [(view.m, view.projected_axes), (view.n, view.other_axes)]
-    if not any(getattr(part, "name", None) == "basis" for part in key_path):
+    names = [getattr(part, "name", None) for part in key_path]
+    if "basis" not in names:
         axis, sides = 2, sides[::-1]  # coordinates (b, r, n), magnitudes (b, 1, n)
-    elif leaf_path(key_path).endswith("/R"):
-        axis, sides = 1, sides[::-1]  # the inner basis of a two-sided projection
     else:
         axis = 1  # of a square matrix the reduction side is projected
+        coded = names[-1] if names[-1] in ("codes", "pairs", "block_scale") else None
+        if leaf_path(key_path[:-1] if coded else key_path).endswith("/R"):
+            sides = sides[::-1]  # the inner basis of a two-sided projection
+        if coded == "pairs":
+            sides = [(-(-size // 2), members) for size, members in sides]
+        elif coded == "block_scale":
+            sides = []
     entries = [_merged(spec, view.batch_axes), None, None]
     match = [members for size, members in sides if size == shape[axis]]
     if match:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import optax_lowrank as ol
-from optax_lowrank import quantize
+from optax_lowrank import codes
 
 SHAPES = {"kernel": (64, 96), "bias": (96,)}
 
@@ -22,7 +22,7 @@ def tree(seed, shapes=SHAPES):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_code_book(signed):
-    book = np.array(quantize.code_book(signed))
+    book = np.array(codes.code_book(signed))
     assert book.size == 256
     assert np.all(np.diff(book) > 0)
     assert np.min(np.abs(book[book != 0])) == pytest.approx(5.5e-7 if signed else 3.25e-7)
@@ -30,31 +30,64 @@ def test_code_book(signed):
     assert book[-1] == 1
 
 
+# Few sizes, since each is compiled.
 arrays = hypothesis.extra.numpy.arrays(
-    np.float32, st.tuples(st.integers(1, 3), st.integers(1, 9)), elements=st.floats(-8, 8, width=32)
+    np.float32, st.sampled_from([(3, 1), (2, 9)]), elements=st.floats(-8, 8, width=32)
 )
+blocks = st.sampled_from([1, 4, 10])
+encode = jax.jit(codes.encode, static_argnums=(1, 2))
+decode = jax.jit(codes.decode, static_argnums=(2, 3))
 
 
-@hypothesis.given(x=arrays, signed=st.booleans(), block=st.integers(1, 10))
+@hypothesis.given(x=arrays, signed=st.booleans(), block=blocks)
 def test_each_entry_gets_the_nearest_code_of_its_block(x, signed, block):
     x = x if signed else np.abs(x)
-    codes, scale = quantize.encode(jnp.asarray(x), signed, block)
-    assert codes.shape == x.shape
+    numbers, scale = encode(x, signed, block)
+    assert numbers.shape == x.shape
     assert scale.shape == (x.shape[0], -(-x.shape[1] // block))
-    back = np.asarray(quantize.decode(codes, scale, signed, block))
+    back = np.asarray(decode(numbers, scale, signed, block))
     unit = np.repeat(np.asarray(scale), block, axis=1)[:, : x.shape[1]]
-    distance = np.abs(x[..., None] - unit[..., None] * np.array(quantize.code_book(signed)))
+    distance = np.abs(x[..., None] - unit[..., None] * np.array(codes.code_book(signed)))
     # the one exception: a positive entry never becomes the 0 of an unsigned book; float32 rounds ties either way
     lost = np.where(~np.bool_(signed) & (x > 0), 3.25e-7 * unit, 0) + 1e-6 * unit
     assert np.all(np.abs(back - x) <= distance.min(axis=-1) + lost)
     assert np.all(back * x >= 0)
     if not signed:
-        assert np.all((codes > 0) | (x == 0))
+        assert np.all((numbers > 0) | (unit * x == 0))
+
+
+@hypothesis.given(x=arrays, signed=st.booleans(), block=blocks, seed=st.integers(0, 9))
+def test_stochastic_rounding_errs_by_less_than_one_bin(x, signed, block, seed):
+    x = x if signed else np.abs(x)
+    noise = np.random.default_rng(seed).random(x.shape, np.float32)
+    numbers, scale = encode(x, signed, block, noise)
+    unit = np.repeat(np.asarray(scale), block, axis=1)[:, : x.shape[1]]
+    back = np.asarray(decode(numbers, scale, signed, block))
+    book = unit[..., None] * np.array(codes.code_book(signed))
+    exact = np.clip(x, book[..., 0], None) * (unit > 0)  # there is no −1 in the book
+    slack = 1e-6 * unit
+    below = np.where(book <= (exact + slack)[..., None], book, -np.inf).max(axis=-1)
+    above = np.where(book >= (exact - slack)[..., None], book, np.inf).min(axis=-1)
+    lost = np.where(~np.bool_(signed) & (x > 0), 3.25e-7 * unit, 0)
+    assert np.all((back >= below - slack) & (back <= np.maximum(above, lost) + slack))
+    assert np.all(back * x >= 0)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_stochastic_rounding_is_exact_in_the_mean(signed):
+    x = jnp.array([1.0, 0.2345, 0.0123, 0.00456, -0.0345 if signed else 0.0345, 3e-4])
+    many = jnp.broadcast_to(x, (40_000, 6))
+    noise = jax.random.uniform(jax.random.key(0), many.shape)
+    back = codes.decode(*codes.encode(many, signed, 8, noise), signed, 8)
+    nearest = codes.decode(*codes.encode(x, signed, 8), signed, 8)
+    error = jnp.std(back, axis=0) / 200  # of a mean of 40,000
+    assert jnp.all(jnp.abs(jnp.mean(back, axis=0) - x) <= 4 * error + 1e-6 * jnp.abs(x))
+    assert jnp.max(jnp.abs(nearest / x - 1)) > 5e-3  # which rounding to nearest is not
 
 
 def test_zeros_and_what_is_not_finite():
-    codes, scale = quantize.encode(jnp.array([[0.0, 0.0], [jnp.nan, 1.0], [jnp.inf, -2.0]]))
-    assert quantize.decode(codes, scale).tolist() == [
+    numbers, scale = codes.encode(jnp.array([[0.0, 0.0], [jnp.nan, 1.0], [jnp.inf, -2.0]]))
+    assert codes.decode(numbers, scale).tolist() == [
         [0.0, 0.0],
         [0.0, 1.0],
         [0.0, pytest.approx(-1.985937, abs=1e-5)],
@@ -132,6 +165,86 @@ def test_compaction_cuts_codes():
     np.testing.assert_array_equal(
         tx.update(grads, state)[0]["kernel"], tx.update(grads, small)[0]["kernel"]
     )
+
+
+def test_a_block_below_the_normal_numbers_is_zero():
+    numbers, scale = codes.encode(jnp.array([[1e-39, 0.0]]), signed=False)
+    assert codes.decode(numbers, scale, signed=False).tolist() == [[0.0, 0.0]]
+
+
+def test_stochastic_rounding_lets_a_small_change_through():
+    def update(updates, x, params=None):
+        del params
+        return updates, jax.tree.map(lambda x: x * jnp.full_like(x, 0.999).at[..., 0].set(1.0), x)
+
+    decay = optax.GradientTransformation(lambda params: params, update)
+    start = {"w": jnp.full((64, 64), 0.5).at[:, 0].set(1.0)}
+
+    def decayed(tx):
+        state, update = tx.init(start), jax.jit(tx.update)
+        for _ in range(50):
+            _, state = update(start, state)
+        assert update._cache_size() == 1
+        return codes.decode(state.inner["w"], state.block_scale["w"])[:, 1:], state
+
+    stuck, without_count = decayed(ol.quantize_state(decay, min_size=1))
+    moving, with_count = decayed(ol.quantize_state(decay, min_size=1, stochastic=True))
+    assert jnp.all(stuck == stuck[0, 0])
+    assert jnp.abs(stuck[0, 0] - 0.5) < 0.01
+    # the standard deviation of an entry is the root of the sum of p (1 − p) bin², about 0.01
+    assert jnp.abs(jnp.mean(moving) - 0.5 * 0.999**50) < 1e-3
+    assert with_count.count == 50
+    assert len(jax.tree.leaves(with_count)) == len(jax.tree.leaves(without_count)) + 1
+
+
+def test_temporaries_are_those_of_one_leaf():
+    """Decoded, the moments of these eight matrices would be sixteen."""
+    params = {f"{i}": jax.ShapeDtypeStruct((256, 512), jnp.float32) for i in range(8)}
+
+    def temporaries(tx):
+        state = jax.eval_shape(tx.init, params)
+        step = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
+        return step.memory_analysis().temp_size_in_bytes / (4 * 256 * 512)
+
+    for moments in (optax.scale_by_adam(), ol.scale_by_rotated_adam()):
+        assert temporaries(ol.quantize_state(moments)) < 5
+    assert temporaries(ol.quantize_state(optax.scale_by_adam(), stochastic=True)) < 10
+
+
+def test_leaves_that_share_something_are_still_updated_together():
+    clipped = optax.chain(optax.clip_by_global_norm(0.5), optax.scale_by_adam())
+    grads = tree(1, {"a": (64, 96), "b": (96, 64)})
+    outs = [
+        jax.jit(tx.update)(grads, tx.init(grads))[0] for tx in (clipped, ol.quantize_state(clipped))
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *outs)
+
+
+def test_prints_in_the_inner_transformation_survive(capsys):
+    def update(updates, state, params=None):
+        jax.debug.print("norm {}", optax.tree.norm(updates))
+        return updates, state
+
+    noisy = optax.chain(
+        optax.GradientTransformation(lambda _: optax.EmptyState(), update), optax.trace(0.9)
+    )
+    tx = ol.quantize_state(noisy)
+    jax.block_until_ready(jax.jit(tx.update)(tree(0), tx.init(tree(0))))
+    jax.effects_barrier()
+    assert "norm" in capsys.readouterr().out
+
+
+def test_arguments_of_quantize_state_through_an_alias():
+    params = {"kernel": tree(0)["kernel"]}
+    options = {"min_size": 64, "block_size": 32, "stochastic": True}
+    tx = ol.galore(0.01, rank=4, state_bits=options)
+    _, state = jax.jit(tx.update)(params, tx.init(params), params)
+    coded = state[0].inner_states["matrix"].inner_state.inner
+    assert coded.inner.mu["kernel/R"].dtype == jnp.uint8
+    assert coded.block_scale["mu/kernel/R"].shape == (1, 4, 3)
+    assert coded.count == 1
+    plain = ol.galore(0.01, rank=4, state_bits=8).init(params)
+    assert plain[0].inner_states["matrix"].inner_state.inner.block_scale == {}  # 384 entries
 
 
 @pytest.mark.parametrize("arguments", [{"bits": 4}, {"block_size": 0}])

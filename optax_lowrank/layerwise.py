@@ -1,0 +1,120 @@
+"""Layer-wise update: the optimizer runs inside the backward pass, so that one layer's gradient lives at a time."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+
+class LayerwiseStep(NamedTuple):
+    """What `layerwise_step` returns."""
+
+    loss: jax.Array  # ()
+    layers: Any  # parameters after the update, (L, ...) a leaf
+    state: Any  # optimizer state after the update, (L, ...) a leaf
+    head_grads: Any  # like `head`
+    x_grad: Any  # like `x`
+
+
+def layerwise_step(
+    block: Callable[[Any, Any], Any],
+    tx: optax.GradientTransformation,
+    layers: Any,
+    state: Any,
+    x: Any,
+    head_loss: Callable[[Any, Any], jax.Array],
+    head: Any,
+) -> LayerwiseStep:
+    """One training step of a stack of equal layers, each updated as soon as its gradient is known.
+
+    Forward, keeping only the inputs, then backward, where a layer's activations are computed anew:
+
+        x_{i+1} = block(W_i, x_i),  loss = head_loss(head, x_L);
+        dW_i, dx_i = vjp of block at (W_i, x_i) on dx_{i+1};  W_i <- W_i + tx(dW_i)      i = L − 1, …, 0.
+
+    The result is that of the whole gradient and then `tx` on every layer by itself. It saves the gradients of all
+    layers but one; so whatever needs them together is not to be had: clipping by the global norm, and accumulation over
+    micro-batches. Jit it with `layers` and `state` donated: both are then updated in place.
+
+    Args:
+      block: `(parameters of one layer, x) -> x` of the same shape and dtype.
+      tx: a complete optimizer for one layer, whose state is `jax.vmap(tx.init)(layers)`. With `low_rank` every layer
+        draws the same random sketch, since they have the same paths; their bases differ as their gradients do.
+      layers: parameters, stacked on axis 0, (L, ...) a leaf.
+      state: of `tx`, stacked likewise; `diagnostics` reads one layer of it, `jax.tree.map(lambda s: s[i], state)`.
+      x: input of the first layer, as from an embedding; its gradient is returned, to be pulled back to that.
+      head_loss: `(head, x) -> ()` loss of the last layer's output.
+      head: whatever else the loss is to be differentiated by; its gradients are for an ordinary transformation.
+
+    Returns:
+      A `LayerwiseStep`.
+
+    Raises:
+      ValueError: `layers` or `state` is not stacked.
+      TypeError: `block` returns another shape or dtype than its input's.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_lowrank as ol
+      >>> block = lambda layer, x: x + jnp.tanh(x @ layer["kernel"])
+      >>> head_loss = lambda head, x: jnp.mean((x @ head - 1) ** 2)
+      >>> layers, head = {"kernel": jnp.zeros((3, 8, 8))}, jnp.ones((8, 1)) / 8
+      >>> x = jax.random.uniform(jax.random.key(0), (16, 8))
+      >>> tx = ol.galore(0.03, rank=2)
+      >>> state = jax.vmap(tx.init)(layers)
+      >>> step = jax.jit(lambda layers, state: ol.layerwise_step(block, tx, layers, state, x, head_loss, head))
+      >>> losses = []
+      >>> for _ in range(10):
+      ...     loss, layers, state, *_ = step(layers, state)
+      ...     losses.append(loss)
+      >>> bool(losses[-1] < losses[0] / 2)
+      True
+
+    Reference: Lv et al., arXiv:2306.09782 (LOMO); Zhao et al., arXiv:2403.03507, "per-layer weight updates". Theirs are
+      hooks on each parameter; a loop over a stack of layers is ours.
+    """
+    count = len(jax.tree.leaves(layers)[0])
+    _check_stacked("layers", layers, count)
+    _check_stacked("state", state, count)
+
+    def forward(x, layer):
+        return block(layer, x), x
+
+    x, inputs = jax.lax.scan(forward, x, layers)
+    loss, (head_grads, x_grad) = jax.value_and_grad(head_loss, argnums=(0, 1))(head, x)
+
+    def backward(step, carry):
+        # The stacks are in the carry, for a scan would return new ones beside the old. A layer is written one turn
+        # late: were a stack read and written in the same turn, XLA would copy all of it to keep the two in order.
+        stacks, updated, x_grad = carry
+        i = count - 1 - step
+        stacks = _set(stacks, i + 1, updated)
+        layer, layer_state = _get(stacks, i)
+        _, pull = jax.vjp(block, layer, _get(inputs, i))
+        grads, x_grad = pull(x_grad)
+        updates, layer_state = tx.update(grads, layer_state, layer)
+        return stacks, (optax.apply_updates(layer, updates), layer_state), x_grad
+
+    # The first turn writes to the index `count`, which JAX clamps: the last layer, as it is.
+    stacks = (layers, state)
+    carry = (stacks, _get(stacks, count - 1), x_grad)
+    stacks, updated, x_grad = jax.lax.fori_loop(0, count, backward, carry)
+    layers, state = _set(stacks, 0, updated)
+    return LayerwiseStep(loss, layers, state, head_grads, x_grad)
+
+
+def _check_stacked(name, tree, count):
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if leaf.shape[:1] != (count,):
+            raise ValueError(
+                f"`{name}` must have the layers on axis 0 of every leaf, {count} of them; {jax.tree_util.keystr(path)} "
+                f"is {leaf.shape}. The state of a stack is `jax.vmap(tx.init)(layers)`."
+            )
+
+
+def _get(stack, i):
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
+
+
+def _set(stack, i, one):
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), stack, one)

@@ -1,0 +1,192 @@
+"""Stored bases: orthonormal where they are used, whatever they are stored in, and columns that can be cut."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import optax_lowrank as ol
+from optax_lowrank.bases import CodedBasis, PairedBasis
+
+from .helpers import assert_trees_close, assert_trees_equal
+
+STORES = {"bfloat16": ol.InDtype(jnp.bfloat16), "8": ol.InCodes(8), "4": ol.InCodes(4)}
+coded = pytest.mark.parametrize("bits", [8, 4])
+round_trip = jax.jit(
+    lambda store, P: store.decode(store.encode(P), P.shape[-2], P.dtype), static_argnums=0
+)
+# rows of very different size, or columns with one large entry, are the hard cases
+KINDS = {
+    "normal": lambda random, m, r: random.standard_normal((m, r)),
+    "rows": lambda random, m, r: (
+        random.standard_normal((m, r)) * np.exp(2 * random.standard_normal((m, 1)))
+    ),
+    "spikes": lambda random, m, r: random.standard_cauchy((m, r)),
+    "identity": lambda random, m, r: np.eye(m, r),
+}
+
+
+def basis(kind, seed, m, r):
+    P, _ = np.linalg.qr(KINDS[kind](np.random.default_rng(seed), m, r))
+    return jnp.asarray(P, jnp.float32)
+
+
+@coded
+@hypothesis.given(
+    kind=st.sampled_from(sorted(KINDS)),
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.sampled_from([(300, 12), (47, 47), (129, 3)]),
+    unused=st.integers(0, 2),
+)
+def test_coded_bases_are_orthonormal_and_close(bits, kind, seed, shape, unused):
+    P = basis(kind, seed, *shape).at[:, shape[1] - unused :].set(0)
+    Q = round_trip(ol.InCodes(bits), P)
+    used = np.diag(np.arange(shape[1]) < shape[1] - unused)
+    np.testing.assert_allclose(Q.T @ Q, used, atol=1e-5)
+    assert not np.any(Q[:, shape[1] - unused :])
+    # the share of the subspace that is lost: squared relative error of the codes
+    lost = 1 - np.sum(np.square(Q.T @ P)) / max(shape[1] - unused, 1)
+    assert lost < {8: 1e-3, 4: 0.06}[bits]
+
+
+def test_bytes_of_codes():
+    P = jnp.zeros((3, 301, 7))
+    eight, four = ol.InCodes(8).encode(P), ol.InCodes(4).encode(P)
+    assert isinstance(eight, CodedBasis)
+    assert isinstance(four, PairedBasis)
+    assert (eight.codes.shape, eight.block_scale.shape) == ((3, 301, 7), (3, 2, 7))
+    assert (four.pairs.shape, four.block_scale.shape) == ((3, 151, 7), (3, 3, 7))
+    assert {x.dtype for x in (eight.codes, four.pairs)} == {jnp.dtype(jnp.uint8)}
+
+
+@coded
+def test_columns_of_codes_can_be_cut(bits):
+    P = jnp.stack([basis("normal", seed, 31, 5) for seed in range(2)])
+    store = ol.InCodes(bits)
+    cut = jax.tree.map(lambda x: x[..., :3], store.encode(P))
+    assert_trees_equal(cut, store.encode(P[..., :3]))
+
+
+def test_other_bits():
+    with pytest.raises(ValueError, match="8 or 4"):
+        ol.gradnormlorp(0.01, basis_bits=2)
+
+
+def gradients(steps, shapes=None):
+    shapes = shapes or {"kernel": (33, 48), "stack": (3, 48, 32)}
+    random = np.random.default_rng(0)
+    left = {k: random.standard_normal((*s[:-1], 6)) for k, s in shapes.items()}
+    make = lambda k, s: left[k] @ random.standard_normal((*s[:-2], 6, s[-1]))
+    return [
+        {k: jnp.asarray(make(k, s), jnp.float32) for k, s in shapes.items()} for _ in range(steps)
+    ]
+
+
+@functools.cache
+def train(store, steps=5):
+    """Updates, and the last state; a refit at the fourth."""
+    tx = optimizer(store)
+    grads, update = gradients(steps), jax.jit(tx.update)
+    params, state, outs = grads[0], jax.jit(tx.init)(grads[0]), []
+    for grad in grads:
+        out, state = update(grad, state, params)
+        outs.append(out)
+    assert update._cache_size() == 1
+    return outs, state
+
+
+def optimizer(store):
+    part = functools.partial(
+        ol.low_rank, rank=6, fit=ol.svd(), refresh=ol.every(3), basis_store=store
+    )
+    return part(part(ol.rotated(optax.trace(0.9)), side="long"), scale=0.1)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_training_with_stored_bases_stays_near(store):
+    (exact, _), (outs, state) = train(ol.InDtype()), train(STORES[store])
+    error = {"bfloat16": 0.1, "8": 0.1, "4": 0.6}[store]
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(outs), strict=True):
+        assert 0 < jnp.linalg.norm(a - b) < error * jnp.linalg.norm(a)
+    for report in ol.diagnostics(state).values():
+        assert np.all(np.asarray(report.rank) == 6)
+        assert np.all(np.asarray(report.captured_energy) > 0.9)
+
+
+@coded
+def test_a_full_basis_in_codes_is_the_inner_transformation(bits):
+    grads = gradients(1, {"kernel": (16, 24)})[0]
+    tx = ol.low_rank(optax.identity(), rank=16, fit=ol.svd(), basis_store=ol.InCodes(bits))
+    np.testing.assert_allclose(
+        jax.jit(tx.update)(grads, tx.init(grads))[0]["kernel"], grads["kernel"], atol=2e-4
+    )
+
+
+@coded
+def test_a_step_without_refit_keeps_the_codes_bit_for_bit(bits):
+    _, state = train(ol.InCodes(bits))
+    grads = gradients(5)[4]
+    _, after = jax.jit(optimizer(ol.InCodes(bits)).update)(grads, state, grads)
+    assert_trees_equal(state.basis, after.basis)
+
+
+@coded
+def test_resize_compact_and_report(bits):
+    tx, (_, state) = optimizer(ol.InCodes(bits)), train(ol.InCodes(bits))
+    grads = gradients(5)[4]
+    report = ol.memory_report(tx, grads, state)
+    assert report.state == sum(x.nbytes for x in jax.tree.leaves(state))
+    smaller = ol.resize(tx, state, grads, 4)
+    assert ol.diagnostics(smaller)["stack"].rank.tolist() == [4, 4, 4]
+    assert ol.diagnostics(smaller)["kernel/R"].rank.tolist() == [4]
+    wider = ol.resize(tx, smaller, grads, 6)
+    assert ol.diagnostics(wider)["kernel"].rank.tolist() == [4]
+    assert jax.tree.map(jnp.shape, wider) == jax.tree.map(jnp.shape, state)
+    out, _ = jax.jit(tx.update)(grads, smaller, grads)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(out))
+
+
+@coded
+def test_compaction_cuts_codes(bits):
+    grads = gradients(1, {"kernel": (33, 48)})[0]
+    adaptive = ol.adaptive_rank(ol.svd(), 1e-6, min_rank=2, rank_step=2)
+    tx = ol.low_rank(optax.identity(), rank=16, fit=adaptive, basis_store=ol.InCodes(bits))
+    before, state = jax.jit(tx.update)(grads, tx.init(grads))
+    small = ol.compact(tx, state, grads, multiple_of=2)
+    assert ol.diagnostics(small)["kernel"].rank.tolist() == [6]
+    assert jax.tree.leaves(small.basis["kernel"])[-1].shape[2] == 6
+    assert_trees_close(jax.jit(tx.update)(grads, small)[0], before, 1e-4)
+
+
+@coded
+def test_checkpoints_hold_codes(bits, tmp_path):
+    tx, (_, state) = optimizer(ol.InCodes(bits)), train(ol.InCodes(bits))
+    grads = gradients(5)[4]
+    small = ol.resize(tx, state, grads, 4)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", small)
+        checkpointer.wait_until_finished()
+        saved = checkpointer.metadata(tmp_path / "state").item_metadata
+        restored = checkpointer.restore(tmp_path / "state", ol.abstract_state(tx, grads, saved))
+    assert_trees_equal(small, restored)
+
+
+def test_codes_in_an_nnx_optimizer():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.kernel = nnx.Param(gradients(1)[0]["kernel"])
+
+    model = Model()
+    tx = ol.gradnormlorp(0.01, rank=4, basis_bits=4)
+    wrapped = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.state(model, nnx.Param)
+    nnx.jit(lambda model, wrapped, grads: wrapped.update(model, grads))(model, wrapped, grads)
+    assert ol.diagnostics(wrapped.opt_state)["kernel"].rank.tolist() == [4]
+    assert ol.resize(tx, wrapped.opt_state, grads, 2) is not None
