@@ -144,10 +144,6 @@ def stalls(options: Options) -> Table:
     size, gap = (QUICK, 4) if options.quick else (M60, 56)
     r = {"rank": size.rank}
 
-    def galore(**low_rank):
-        inner = optax.scale_by_adam()
-        return ol.assemble(ol.low_rank(inner, scale=0.25, **r, **low_rank), 1e-3, **r)
-
     spread, often = ol.every(gap, stagger=True), ol.every(gap // 4, stagger=True)
     grads = apart(size)
     tree = stacked(size, grads)
@@ -158,10 +154,16 @@ def stalls(options: Options) -> Table:
             grads,
         ),
         f"galore, every({gap})": (ol.galore(1e-3, update_proj_gap=gap, **r), grads),
-        f"galore, every({gap}, stagger=True)": (galore(refresh=spread), grads),
-        f"galore, every({gap}, stagger=True), stacked": (galore(refresh=spread), tree),
+        f"galore, every({gap}, stagger=True)": (
+            ol.galore(1e-3, update_proj_gap=spread, **r),
+            grads,
+        ),
+        f"galore, every({gap}, stagger=True), stacked": (
+            ol.galore(1e-3, update_proj_gap=spread, **r),
+            tree,
+        ),
         f"galore, subspace_iteration(), every({gap // 4}, stagger=True)": (
-            galore(refresh=often, fit=ol.subspace_iteration()),
+            ol.galore(1e-3, update_proj_gap=often, fit=ol.subspace_iteration(), **r),
             grads,
         ),
     }

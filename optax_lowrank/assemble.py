@@ -11,6 +11,8 @@ from optax_lowrank.low_rank import keep_where
 from optax_lowrank.views import MatrixView, axes_by_path, flatten_by_path
 
 # What `optax.inject_hyperparams(alias, static_args=INJECT_STATIC_ARGS)` must not turn into traced arrays or schedules.
+# Optax rejects names that an alias has not; so add "basis_bits" for `gradnormlorp`, and "update_proj_gap" if it is a
+# policy.
 INJECT_STATIC_ARGS = (
     "rank",
     "mask",

@@ -92,8 +92,11 @@ class InCodes:
     bits: Literal[8, 4]
 
     def __post_init__(self):
-        if self.bits not in (8, 4):
-            raise ValueError(f"a basis has codes of 8 or 4 bits, got {self.bits!r}.")
+        if not isinstance(self.bits, int) or self.bits not in (8, 4):
+            raise ValueError(
+                f"a basis has codes of 8 or 4 bits, got {self.bits!r}. Under `optax.inject_hyperparams` add "
+                '"basis_bits" to `static_args`.'
+            )
 
     def encode(self, P: jax.Array) -> CodedBasis | PairedBasis:
         """Codes and scales of P."""

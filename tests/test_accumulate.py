@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_lowrank as ol
-from optax_lowrank import linalg
+from optax_lowrank import linalg, refresh
 
 K = 3
 PARAMS = {"kernel": jnp.full((2, 12, 16), 0.1), "bias": jnp.zeros(12)}  # two layers of a stack
@@ -148,6 +148,16 @@ def test_late_refit_turns_what_other_layers_have_summed():
     moves, *_ = run(lossless(), batches)
     expected = -mean([grads["kernel"] for grads in batches])
     np.testing.assert_allclose(moves[-1]["kernel"], expected, atol=1e-5)
+
+
+def test_policies_count_windows():
+    stats = refresh.initial_statistics(2)._replace(
+        last_fit=jnp.array([0, 8]), norm=jnp.array([0.1, 0.1]), fit_norm=jnp.ones(2)
+    )
+    policy = ol.in_windows(ol.on_convergence(0.3, min_gap=2, max_gap=50), 4)
+    assert policy(jnp.int32(12), stats).tolist() == [True, False]  # windows 3, 0 and 2
+    assert policy(jnp.int32(13), stats).tolist() == [False, False]  # not the first micro-batch
+    assert ol.in_windows(ol.on_staleness(0.5), 4).watches_captured
 
 
 def test_memory_is_that_of_coordinates():

@@ -293,3 +293,15 @@ def test_injected_hyperparameters():
         return 4 - int(ol.diagnostics(state)["hidden/kernel"].steps_since_refresh[0])
 
     assert [last_fit(gap) for gap in (1, 2, 3, 9)] == [4, 4, 3, 0]
+
+
+def test_the_gap_may_be_a_policy():
+    params = {f"layer{i}": {"kernel": jnp.eye(8, 12) + i} for i in range(2)}
+    tx = ol.galore(1e-3, rank=2, update_proj_gap=ol.every(4, stagger=True))
+    state, update = tx.init(params), jax.jit(tx.update)
+    ages = []
+    for _ in range(6):
+        _, state = update(params, state, params)
+        ages.append([int(leaf.steps_since_refresh[0]) for leaf in ol.diagnostics(state).values()])
+    # after the first fit at step 0 each matrix has a phase of its own, half an interval apart
+    assert [age.index(0) if 0 in age else None for age in ages[1:]] == [None, 1, None, 0, None]
