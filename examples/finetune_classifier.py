@@ -6,9 +6,10 @@
     python examples/finetune_classifier.py --data 20news --method fira gradnormlorp --state-bits 8
 
 A text is the mean of its hidden states, classified by a linear layer, which is trained by Adam at `--head-lr`
-whatever the method. `lora` and `gradnormlorp_adapter` train factors of rank `--rank` beside the matrices of the
-layers and nothing else; the others train all weights, `adamw` with full state, the rest with `--rank` in the
-layers' matrices and Adam at `--dense-lr` for embeddings, norms and biases.
+whatever the method. Three train factors of rank `--rank` beside the matrices of the layers and nothing else: `lora`
+by Adam, `dora` with a magnitude for every unit of output, and `gradnormlorp_adapter` the same with the factors'
+gradients projected on both sides. The others train all weights, `adamw` with full state, the rest with `--rank` in
+the layers' matrices and Adam at `--dense-lr` for embeddings, norms and biases.
 
 With several rates the best on held-out training texts is chosen by the first seed, and other seeds run at that
 one only. Finished runs in `--out` are not repeated.
@@ -44,6 +45,7 @@ import optax_lowrank as ol
 LEARNING_RATES = {
     "adamw": 3e-4,
     "lora": 3e-3,
+    "dora": 3e-3,
     "gradnormlorp_adapter": 3e-3,
     "gradnormlorp": 3e-3,
     "galore": 3e-3,
@@ -53,7 +55,7 @@ LEARNING_RATES = {
 }
 # With both sides projected r × r coordinates move the matrix instead of r × n: each must do more.
 SCALES = {"gradnormlorp": 8.0, "gradnormlorp_adapter": 16.0}
-ADAPTERS = ("lora", "gradnormlorp_adapter")
+ADAPTERS = ("lora", "dora", "gradnormlorp_adapter")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -122,7 +124,7 @@ def merged(method: str, frozen: nnx.State | None, part: Any, args: argparse.Name
     """The encoder's weights that the trained part stands for."""
     if method == "lora":
         return lora(frozen, part, args.adapter_scale)
-    if method == "gradnormlorp_adapter":
+    if method in ADAPTERS:
         options = {"scale": args.adapter_scale, "detach_norm": args.detach_norm}
         return ol.adapters.merge(frozen, part, **options)
     return part
@@ -148,7 +150,7 @@ def make_optimizer(
     if scale is None:
         scale = SCALES.get(method, 1.0)
     match method:
-        case "adamw" | "lora":
+        case "adamw" | "lora" | "dora":
             decay = optax.add_decayed_weights(1e-4 if method == "adamw" else 0.0)
             encoder = optax.chain(adam, decay, optax.scale_by_learning_rate(at(lr)))
         case "gradnormlorp_adapter":

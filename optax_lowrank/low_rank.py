@@ -201,7 +201,12 @@ def low_rank(
             refreshed=_keyed(refreshed),
             **extra,
         )
-        N = {path: _where(finite[path], N[f"{path}/R"]) for path in views}
+        N = {path: N[f"{path}/R"] for path in views}
+        # A step that overflows skips its matrix, too. And since the new state then waits for N, nothing reads the old
+        # moments any more when they are overwritten: XLA copied them before.
+        size = _energy(N)
+        finite = {path: ok & jnp.isfinite(size[path]) for path, ok in finite.items()}
+        N = {path: _where(finite[path], n) for path, n in N.items()}
 
         E = {
             path: _where(finite[path], G[path] - view.product(P[path], R[path]))
@@ -225,7 +230,13 @@ def low_rank(
             count=optax.safe_increment(state.count),
             basis=basis,
             stats=next_statistics(
-                state.stats, state.count, pending, fitted, jnp.isfinite(energy), energy, total
+                state.stats,
+                state.count,
+                pending,
+                fitted,
+                _per_matrix(finite, places),
+                energy,
+                total,
             ),
             inner=keep_where(finite, inner_state, state.inner),
             residual=keep_where(finite, residual_state, state.residual),

@@ -93,8 +93,8 @@ def test_bytes(session):
     found = sizes(session.model[1])
     head, factors, units = 4 * (8 * 2 + 2), 4 * 6 * 2 * (8 + 8), 4 * 6 * 8
     assert found["lora"][0] == head + factors
-    assert found["gradnormlorp_adapter"][0] == head + factors + units
-    for method in ("adamw", "lora"):
+    assert found["dora"][0] == found["gradnormlorp_adapter"][0] == head + factors + units
+    for method in ("adamw", "lora", "dora"):
         trained, state = found[method]
         assert state == pytest.approx(2 * trained, abs=100)  # and a few counters
     whole = {
@@ -157,7 +157,7 @@ def test_scores_by_hand():
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [("dora", "dora: unknown. There is adamw, lora"), ("lora=x", "NAME=RATE")],
+    [("sgd", "sgd: unknown. There is adamw, lora"), ("lora=x", "NAME=RATE")],
 )
 def test_mistakes_are_explained(method, message, tmp_path):
     with pytest.raises(SystemExit, match=re.escape(message)):

@@ -675,3 +675,14 @@ def test_only_on_staleness_measures_the_gradient_on_every_step(watching):
     text = compiled_text(adam(refresh=refresh), PLAIN, conditionals=False)
     squares = re.search(GRADIENT_SIZED + r"multiply\(", text)
     assert bool(squares) == watching
+
+
+def test_step_that_overflows_is_skipped():
+    # the squares of all coordinates are finite, those of one matrix's step are not
+    overflow = optax.stateless(lambda u, _: jax.tree.map(lambda x: x * jnp.float32(1e10), u))
+    tx = ol.low_rank(optax.chain(optax.trace(0.9), overflow), rank=2, fit=ol.svd())
+    grads = {"kernel": jnp.stack([jnp.eye(4, 6), 1e12 * jnp.eye(4, 6)])}
+    updates, state = tx.update(grads, tx.init(grads))
+    assert not jnp.any(updates["kernel"][1])
+    assert not jnp.any(state.inner[0].trace["kernel/R"][1])
+    assert ol.diagnostics(state)["kernel"].skips.tolist() == [0, 1]
