@@ -7,9 +7,9 @@
 
 A text is the mean of its hidden states, classified by a linear layer, which is trained by Adam at `--head-lr`
 whatever the method. Three train factors of rank `--rank` beside the matrices of the layers and nothing else: `lora`
-by Adam, `dora` with a magnitude for every unit of output, and `gradnormlorp_adapter` the same with the factors'
-gradients projected on both sides. The others train all weights, `adamw` with full state, the rest with `--rank` in
-the layers' matrices and Adam at `--dense-lr` for embeddings, norms and biases.
+by Adam, `dora` with a magnitude for every unit of output, and `gradnormlorp_adapter` the same with the gradients of
+the factors projected to 3/4 of it. The others train all weights, `adamw` with full state, the rest with
+`--rank` in the layers' matrices and Adam at `--dense-lr` for embeddings, norms and biases.
 
 With several rates the best on held-out training texts is chosen by the first seed, and other seeds run at that
 one only. Finished runs in `--out` are not repeated.
@@ -53,8 +53,8 @@ LEARNING_RATES = {
     "natural_galore": 3e-3,
     "adarankgrad": 3e-3,
 }
-# With both sides projected r × r coordinates move the matrix instead of r × n: each must do more.
-SCALES = {"gradnormlorp": 8.0, "gradnormlorp_adapter": 16.0}
+# The less of a gradient is projected on, the larger its steps must be.
+SCALES = {"gradnormlorp": 8.0, "gradnormlorp_adapter": 1.5}
 ADAPTERS = ("lora", "dora", "gradnormlorp_adapter")
 
 
@@ -71,14 +71,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, nargs="+", help="rates of methods that name none")
     p.add_argument("--head-lr", type=float, default=5e-3)
     p.add_argument("--dense-lr", type=float, default=3e-4, help="of weights without a subspace")
-    scales = "of steps in a subspace; None: 1, of GradNormLoRP 8, of its adapter 16"
+    scales = "of steps in a subspace; None: 1, of GradNormLoRP 8, of its adapter 1.5"
     p.add_argument("--scale", type=float, help=scales)
     p.add_argument("--update-proj-gap", type=int, default=10, help="steps between two refits")
     p.add_argument("--adapter-scale", type=float, default=2.0, help="s of W + s I J")
     p.add_argument(
         "--adapter-rank",
         type=int,
-        help="to which both sides of factors are projected; None: --rank",
+        help="to which the gradients of factors are projected; None: 3/4 of --rank",
     )
     p.add_argument("--detach-norm", action="store_true", help="no gradient through column norms")
     p.add_argument("--state-bits", type=int, choices=[8], help="None: 32")
@@ -154,12 +154,13 @@ def make_optimizer(
             decay = optax.add_decayed_weights(1e-4 if method == "adamw" else 0.0)
             encoder = optax.chain(adam, decay, optax.scale_by_learning_rate(at(lr)))
         case "gradnormlorp_adapter":
-            rank = args.adapter_rank or args.rank
-            common = {"rank": rank, "fit": ol.svd(), "refresh": ol.every(gap), **bases}
-            inner = ol.low_rank(adam, side="long", **common)
-            both_sides = ol.low_rank(inner, scale=scale, **common)
-            # rank=1: factors are projected even where the short side is only rotated
-            encoder = ol.assemble(both_sides, at(lr), rank=1, inner=adam)
+            # On the short side of a factor, whose directions last: a basis of the long side, which has as few
+            # columns, is that of a single noisy gradient, and costs accuracy.
+            rank, refresh = args.adapter_rank or -(-3 * args.rank // 4), ol.every(gap)
+            projected = ol.low_rank(
+                adam, rank=rank, fit=ol.svd(), refresh=refresh, scale=scale, **bases
+            )
+            encoder = ol.assemble(projected, at(lr), rank=rank, inner=adam)
         case alias:
             dense = optax.chain(adam, optax.scale_by_learning_rate(at(args.dense_lr)))
             options = {"rank": args.rank, "update_proj_gap": gap, "scale": scale}

@@ -35,8 +35,7 @@ def init(
 
     Returns:
       A dict by path of the weight, of dicts: `"I"` (m, ρ), `"J"` (ρ, n), m the reduction side, and `"magnitude"` (n,).
-      A stack of b matrices has I (b, m, ρ), J (b, ρ, n) and a magnitude of (b·n,). Where b exceeds ρ, tell an
-      optimizer which axes are the matrix: `weight_dimension_numbers={"/[IJ]$": MatrixAxes(-2, -1)}`.
+      A stack of b matrices has I (b, m, ρ), J (b, ρ, n) and a magnitude of (b·n,).
 
     Raises:
       TypeError, ValueError: `rank` is not a positive int, no matrix is larger than it, overrides do not fit, or a

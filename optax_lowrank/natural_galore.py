@@ -254,6 +254,7 @@ def natural_galore(
     relative_damping: bool = False,
     history_dtype: Any = None,
     preserve_norm: bool = False,
+    precondition: Literal["gradient", "step"] = "gradient",
 ) -> optax.GradientTransformationExtraArgs:
     """Natural GaLore: GaLore whose coordinates pass through `scale_by_woodbury_fisher` before Adam.
 
@@ -280,12 +281,13 @@ def natural_galore(
         updates in between are zero; `update_proj_gap` and schedules count the real ones.
       seed: of the random sketches.
       history, damping, relative_damping, history_dtype, preserve_norm: of `scale_by_woodbury_fisher`.
+      precondition: the "gradient", before Adam, as in the paper; or Adam's "step", whose history is then kept.
 
     Returns:
       A transformation.
 
     Raises:
-      TypeError, ValueError: a bad `rank`, `side`, `history`, `damping` or `update_proj_gap`.
+      TypeError, ValueError: a bad `rank`, `side`, `history`, `damping`, `precondition` or `update_proj_gap`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_lowrank as ol
@@ -296,6 +298,8 @@ def natural_galore(
 
     Reference: Das, arXiv:2410.16029, Algorithm 1. The authors' code projects both sides and keeps 20 columns of r × r.
     """
+    if precondition not in ("gradient", "step"):
+        raise ValueError(f'`precondition` must be "gradient" or "step", got {precondition!r}.')
     adam = functools.partial(adam_moments, b1, b2, eps, mu_dtype, state_bits=state_bits)
     fisher = scale_by_woodbury_fisher(
         history,
@@ -305,11 +309,12 @@ def natural_galore(
         preserve_norm=preserve_norm,
         batch_axes=1,
     )
+    parts = [fisher, adam(rotate=rotate_moments)]
+    if precondition == "step":
+        parts.reverse()
     return assemble(
         low_rank(
-            accumulated(
-                optax.chain(fisher, adam(rotate=rotate_moments)), accumulate, ("rotation",)
-            ),
+            accumulated(optax.chain(*parts), accumulate, ("rotation",)),
             rank=rank,
             fit=fit or randomized_svd(),
             refresh=in_windows(as_policy(update_proj_gap), accumulate),

@@ -228,7 +228,7 @@ _MOE = r"(?i)(?<!shared)(?<!shared_)expert|moe[^/]*/(?!(gate|router)(/|$))([^/]*
 _QKV = _tail(r"(query|key|value|q|k|v|kv|qkv)(_proj)?|w[qkv]")
 _OUT = _tail(r"(out|o)(_proj)?|wo")
 _RULES = (  # the first that fits wins; the docstring of `matrix_axes` is this table in words
-    _Rule("coordinates", r"(^|/)R$", lambda s: len(s) == 3, lambda s: MatrixAxes(1, 2)),
+    _Rule("coordinates", r"(^|/)[IJR]$", lambda s: len(s) == 3, lambda s: MatrixAxes(1, 2)),
     _Rule("bias or scale", r"(?i)(^|[/_])(bias|scale)$|(^|/)(b\d*|gamma|beta)$"),
     _Rule("norm", _tail(r"[^/]*norm[^/]*|ln\d*|ln_[^/]*|[^/]*_ln")),
     _Rule("embedding", _tail(r"[^/]*embed[^/]*|([^/]*_)?emb|w[tp]e")),
@@ -360,7 +360,7 @@ def matrix_axes(params, overrides=None):
 
     | rule | names | shape | reduction → output |
     |---|---|---|---|
-    | coordinates | path ends in `R` | (b, r, n) | 1 → 2 |
+    | coordinates, adapters | path ends in `R`, `I` or `J` | (b, m, n) | 1 → 2 |
     | bias or scale | ends in `bias`, `*_bias`, `scale`, `*_scale`, `b`, `b1`, `gamma`, `beta` | any | dense |
     | norm | contains `norm`; `ln`, `ln1`, `ln_*`, `*_ln` | any | dense |
     | embedding | contains `embed`; `emb`, `*_emb`, `wte`, `wpe` | any | dense |

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import optax_lowrank as ol
@@ -204,3 +205,18 @@ def test_bad_windows_are_errors(k):
 def test_fira_needs_whole_gradients():
     with pytest.raises(ValueError, match=r"`accumulate` must be 1, got 2.*MultiSteps"):
         ol.fira(1e-3, accumulate=2)
+
+
+def test_resumes_in_the_middle_of_a_window(tmp_path):
+    tx = alias("galore", accumulate=K)
+    batches = micro_batches(K)
+    *_, state = run(tx, batches[:2])
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(0, args=ocp.args.StandardSave(state))
+        manager.wait_until_finished()
+        restored = manager.restore(0, args=ocp.args.StandardRestore(jax.eval_shape(lambda: state)))
+    update = jax.jit(tx.update)
+    expected, _ = update(batches[2], state, PARAMS)
+    got, _ = update(batches[2], restored, PARAMS)
+    assert jnp.any(got["kernel"] != 0)
+    assert_close(got, expected, atol=0)

@@ -106,7 +106,7 @@ def test_bytes(session):
 def test_eight_bits_keep_less():
     config = bert.BertConfig(hidden=64, ffn=128, layers=1, vocab=64, positions=8)
     _, weights = bert.abstract_bert(config)
-    large, small = (sizes(weights, "--rank=4", *bits) for bits in ((), ("--state-bits=8",)))
+    large, small = (sizes(weights, "--rank=8", *bits) for bits in ((), ("--state-bits=8",)))
     for method in METHODS:
         assert small[method][1] < 0.75 * large[method][1], method
         assert small[method][0] == large[method][0]

@@ -420,3 +420,18 @@ def test_no_leaves():
     updates, state = tx.update({}, tx.init({}))
     assert updates == {}
     assert state.count == 1
+
+
+def test_precondition_the_step():
+    grads = [{"kernel": jnp.asarray(normal(6, 8, seed=seed))} for seed in range(5)]
+    options = {"rank": 3, "fit": ol.svd()}
+    fisher = ol.scale_by_woodbury_fisher(4, 0.5, preserve_norm=True, batch_axes=1)
+    parts = ol.low_rank(optax.chain(optax.scale_by_adam(), fisher), scale=0.25, **options)
+    alias = functools.partial(ol.natural_galore, 1.0, damping=0.5, preserve_norm=True, **options)
+    updates, _ = follow(alias(precondition="step"), grads)
+    expected, _ = follow(parts, grads)
+    assert_trees_close(updates, jax.tree.map(jnp.negative, expected), rtol=1e-5)
+    other, _ = follow(alias(), grads)
+    assert not np.allclose(updates[-1]["kernel"], other[-1]["kernel"], atol=1e-3)
+    with pytest.raises(ValueError, match="`precondition` must be"):
+        alias(precondition="moments")
