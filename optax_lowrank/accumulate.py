@@ -78,7 +78,8 @@ def accumulated(
             turn_of = turns(updates, extra)
             mean = {key: turn.on_refresh(_turned, mean[key])[0] for key, turn in turn_of.items()}
             rotation = {
-                name: jax.tree.map(matmul, extra[name], old) for name, old in rotation.items()
+                name: {key: _after(turn_of[key], extra[name][key], Q) for key, Q in of.items()}
+                for name, of in rotation.items()
             }
         mean = jax.tree.map(lambda x, g: x + g.astype(x.dtype) / k, mean, updates)
 
@@ -117,6 +118,11 @@ def _is_no_identity(Q):
 
 def _turned(turn, x):
     return (turn(x),)
+
+
+def _after(turn, new, Q):
+    """`new` after the rotation Q; no product on an ordinary step."""
+    return turn.on_refresh(lambda _, Q: (matmul(new, Q),), Q)[0]
 
 
 def _start_of_window(like, keep):

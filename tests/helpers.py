@@ -1,5 +1,6 @@
 """The optimizers and problems that the contract is tested on: a new method is one row in OPTIMIZERS."""
 
+import contextlib
 import functools
 
 import jax
@@ -80,6 +81,32 @@ def compiled_step(tx):
         return optax.apply_updates(params, updates), state, updates
 
     return step
+
+
+@contextlib.contextmanager
+def compilation_cache(folder):
+    """Within it, programs that are compiled anew come from `folder` if they were compiled before."""
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def turning_gradients(shape, steps=14):
+    """Gradients of slowly changing direction, (steps, m, n) in float64; gaps in the spectrum keep SVDs comparable."""
+    random = np.random.default_rng(sum(shape))
+    k = min(shape)
+    U, V = (np.linalg.qr(random.standard_normal((size, k)))[0] for size in shape)
+    drift = random.standard_normal((steps, *shape)).cumsum(axis=0)
+    return (U * 0.7 ** np.arange(k)) @ V.T + 0.01 * drift
 
 
 def assert_trees_close(got, want, rtol):

@@ -11,6 +11,8 @@ from benchmarks.processes import HINT, peers, threads, torch_python, with_thread
 from benchmarks.tables import Options
 from benchmarks.timing import ratio, take_turns
 
+from .helpers import compilation_cache
+
 COLUMNS = {
     "fits": {"matrix", "threads", "fit", "ms", "faster than jnp.linalg.svd"},
     "steps": {"optimizer", "ms between refreshes", "by adamw", "ms with a refresh"},
@@ -27,18 +29,10 @@ COLUMNS = {
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
     """Tables share programs. They empty JAX's caches, too, which would slow down the tests after these."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    with pytest.MonkeyPatch.context() as patch:
+    folder = tmp_path_factory.mktemp("compiled")
+    with compilation_cache(folder), pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "clear_caches", lambda: None)
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.mark.parametrize("name", TABLES)

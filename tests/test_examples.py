@@ -24,6 +24,8 @@ import llama
 import pretrain_llama
 import text
 
+from .helpers import compilation_cache
+
 STEPS = 12
 TINY = [
     "--size=tiny",
@@ -39,16 +41,8 @@ TINY = [
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory) -> Iterator[None]:
     """Each run compiles its step anew; here most are the same program."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with compilation_cache(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")

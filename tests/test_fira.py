@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 
 import optax_lowrank as ol
 
-from .helpers import assert_trees_close, assert_trees_equal, run
+from .helpers import assert_trees_close, assert_trees_equal, run, turning_gradients
 from .reference import fira as reference
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -53,12 +53,8 @@ def test_golden_trace(shape):
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (15, 15)], ids=str)
 def test_reference_on_other_gradients(shape):
     """Slowly turning gradients whose sizes jump, so that the limiter works; spectral gaps keep SVDs comparable."""
-    random = np.random.default_rng(sum(shape))
-    steps, k = 14, min(shape)
-    U, V = (np.linalg.qr(random.standard_normal((size, k)))[0] for size in shape)
-    drift = random.standard_normal((steps, *shape)).cumsum(axis=0)
-    grads = (U * 0.7 ** np.arange(k)) @ V.T + 0.01 * drift
-    grads = (grads * np.geomspace(1, 4, steps)[:, None, None]).astype(np.float32)
+    sizes = np.geomspace(1, 4, 14)[:, None, None]
+    grads = (turning_gradients(shape) * sizes).astype(np.float32)
     config = {"rank": 4, "update_proj_gap": 5, "scale": 0.7, "learning_rate": 0.03, "limit": 1.05}
     config |= {"residual_scale": 0.6, "b1": 0.8, "b2": 0.95, "eps": 1e-6}
     want = reference.reference(grads, **config)

@@ -13,7 +13,14 @@ from optax.contrib import GaLoreDimensionNumbers
 
 import optax_lowrank as ol
 
-from .helpers import assert_trees_close, assert_trees_equal, gradients, normal_tree, run
+from .helpers import (
+    assert_trees_close,
+    assert_trees_equal,
+    gradients,
+    normal_tree,
+    run,
+    turning_gradients,
+)
 from .reference import galore as reference
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -42,11 +49,7 @@ def test_golden_trace(shape):
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (15, 15)], ids=str)
 def test_reference_on_other_gradients(shape):
     """Gradients of slowly changing direction and any hyperparameters; gaps in the spectrum keep SVDs comparable."""
-    random = np.random.default_rng(sum(shape))
-    steps, k = 14, min(shape)
-    U, V = (np.linalg.qr(random.standard_normal((size, k)))[0] for size in shape)
-    drift = random.standard_normal((steps, *shape)).cumsum(axis=0)
-    grads = ((U * 0.7 ** np.arange(k)) @ V.T + 0.01 * drift).astype(np.float32)
+    grads = turning_gradients(shape).astype(np.float32)
     config = {"rank": 4, "update_proj_gap": 5, "scale": 0.7, "learning_rate": 0.03}
     config |= {"b1": 0.8, "b2": 0.95, "eps": 1e-6}
     got = trajectory(ol.galore(fit=ol.svd(), **config), grads)
