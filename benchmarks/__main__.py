@@ -1,4 +1,7 @@
-"""Measure side by side with peers and write `benchmarks/results/`: `python -m benchmarks [TABLE …]`."""
+"""Measure side by side with peers and write `benchmarks/results/`: `python -m benchmarks [TABLE …]`.
+
+`python -m benchmarks --target h100` compiles for a device that is not here instead.
+"""
 
 import os
 
@@ -7,12 +10,13 @@ os.environ.setdefault(
 )  # threaded LAPACK beside a busy process measures noise
 
 import argparse
+import functools
 import time
 from pathlib import Path
 
-from benchmarks import compiling, fisher, fits, memory, steps
+from benchmarks import compiling, fisher, fits, memory, steps, targets
 from benchmarks.processes import HINT, torch_python
-from benchmarks.tables import Options, machine
+from benchmarks.tables import Options, Table, machine
 
 TABLES = {
     "fits": fits.fits,
@@ -25,6 +29,7 @@ TABLES = {
     "state": memory.state,
     "fisher": fisher.fisher,
 }
+RESULTS = Path(__file__).parent / "results"
 
 
 def main():
@@ -38,15 +43,29 @@ def main():
     parser.add_argument(
         "--quick", action="store_true", help="tiny shapes, to see that all runs; writes nothing"
     )
+    of_targets = parser.add_argument_group("devices that are not here")
+    of_targets.add_argument(
+        "--target",
+        nargs="+",
+        default=[],
+        help=f"{', '.join((*targets.CARDS, *targets.TOPOLOGIES))}, or another TPU topology, v5e:4x4",
+    )
+    of_targets.add_argument(
+        "--size", nargs="+", default=["60m", "130m"], choices=targets.MODELS, help="of the Llama"
+    )
+    of_targets.add_argument("--methods", nargs="+", default=[], help="only these, as in the tables")
+    of_targets.add_argument("--timeout", type=float, default=900, help="seconds a program may take")
     args = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    if args.target:
+        compile_for_targets(args)
+        return
     unknown = [name for name in args.tables if name not in TABLES]
     if unknown:
         parser.error(f"no table {unknown}; there is {', '.join(TABLES)}")
     if args.torch_python is None:
         print(HINT)
     options = Options(quick=args.quick, torch=args.torch_python)
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
     for name in args.tables or TABLES:
         start = time.perf_counter()
         table = TABLES[name](options)
@@ -54,9 +73,30 @@ def main():
         text = f"{TABLES[name].__doc__}\n\n{table}\n\n{machine()}."
         print(f"\n{name}, {took}\n\n{text}", flush=True)
         if not args.quick:
-            (results / f"{name}.md").write_text(text + "\n")
-            if table.figure:
-                table.figure.savefig(results / f"{name}.png")
+            save(name, text, table)
+
+
+def compile_for_targets(args):
+    """One table a target, as each takes a while; none of a target whose compiler is not installed."""
+    sizes = ["quick"] if args.quick else args.size
+    for target in args.target:
+        if sentence := targets.missing(target):
+            print(sentence)
+            continue
+        start = time.perf_counter()
+        measured = functools.partial(targets.in_child, timeout=args.timeout)
+        table = targets.targets(target, sizes, args.methods, measured)
+        took = f"{time.perf_counter() - start:.0f} s"
+        text = f"{targets.targets.__doc__}\n\n{table}\n\n{targets.compilers(target)}."
+        print(f"\n{target}, {took}\n\n{text}", flush=True)
+        if not args.quick:
+            save(f"target-{target.replace(':', '-')}", text, table)
+
+
+def save(name: str, text: str, table: Table):
+    (RESULTS / f"{name}.md").write_text(text + "\n")
+    if table.figure:
+        table.figure.savefig(RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import llama
 
 BATCH, TIME, MICRO_BATCHES = 1, 256, 4
-NAMES = ("optax.adamw", "optax.contrib.galore", "galore", "fira")
+NAMES = (
+    "optax.adamw",
+    "optax.contrib.galore",
+    "galore",
+    "fira",
+    "apollo",
+    "gradnormlorp, 8 bits",
+    "low_rank_muon",
+)
 
 
 def memory(options: Options) -> Table:
@@ -92,11 +100,12 @@ def _steps(model):
 class Model:
     """An abstract Llama: its parameters are shapes, `outside` of the layers and in them, a list or stacked."""
 
-    def __init__(self, size: Size, stack: bool):
+    tokens = jax.ShapeDtypeStruct((BATCH, TIME), jnp.int32)
+
+    def __init__(self, size: Size, stack: bool, **options):
         self.size, self.stack = size, stack
-        config = llama.LlamaConfig(
-            size.hidden, size.ffn, size.layers, heads=max(1, size.hidden // 64)
-        )
+        heads = max(1, size.hidden // 64)
+        config = llama.LlamaConfig(size.hidden, size.ffn, size.layers, heads, **options)
         parts = lambda make: nnx.split(nnx.eval_shape(make), nnx.Param)
         empty = dataclasses.replace(config, layers=0)
         self.shell, outside = parts(lambda: llama.Llama(empty, rngs=nnx.Rngs(0)))
@@ -151,8 +160,8 @@ class Model:
         return step, {"outside": outside, "layers": layers}
 
     def compile(self, step, state):
-        tokens = jax.ShapeDtypeStruct((BATCH, TIME), jnp.int32)
-        return jax.jit(step, donate_argnums=(0, 1)).lower(self.params, state, tokens).compile()
+        jitted = jax.jit(step, donate_argnums=(0, 1))
+        return jitted.lower(self.params, state, self.tokens).compile()
 
 
 def temporaries(options: Options) -> Table:
@@ -163,7 +172,7 @@ def temporaries(options: Options) -> Table:
     leaf = layer * size.layers
     rows, values = [], {}
     for name, tx in optimizers(size).items():
-        if name not in ("optax.adamw", "galore", 'galore(side="long")', "fira"):
+        if name.startswith("optax.contrib"):  # no stacked layers: they would be plain Adam
             continue
         temp = compile_step(tx, params).memory_analysis().temp_size_in_bytes
         values[name] = temp / layer

@@ -20,10 +20,14 @@ from benchmarks.trees import (
     stacked,
 )
 
-FIRST = ("optax.adamw", "optax.contrib.galore", "galore", 'galore(side="long")', "fira")
+FIRST = ("optax.adamw", "optax.contrib.galore", "galore", 'galore(side="long")', "fira", "apollo")
 TORCH = ("AdamW", "galore-torch", "fira", "apollo-torch")
-WITHOUT_BASIS = ("optax.adamw", "optax.contrib.muon", "torch: AdamW")
-SAME_METHOD = {"galore": "torch: galore-torch", "fira": "torch: fira"}
+WITHOUT_REFRESH = ("optax.adamw", "optax.contrib.muon", "low_rank_muon", "torch: AdamW")
+SAME_METHOD = {
+    "galore": "torch: galore-torch",
+    "fira": "torch: fira",
+    "apollo": "torch: apollo-torch",
+}
 HEADER = (
     "matrices",
     "optimizer",
@@ -65,7 +69,7 @@ class Case:
                 np.testing.assert_allclose(process.checksum, np.abs(last).sum(), rtol=1e-6)
                 steps |= {f"torch: {name}": process.call("step", name) for name in torch}
                 refresh |= {f"torch: {name}": process.call("refresh", name) for name in torch}
-            left_out = list(WITHOUT_BASIS)
+            left_out = list(WITHOUT_REFRESH)
             if not svd:
                 runs["optax.contrib.galore"].set_count(1)
                 for name in torch if process else ():
@@ -120,7 +124,8 @@ def steps(options: Options) -> Table:
     ]
     note = (
         "`optax.contrib.galore` and PyTorch have no stacked layers: there they step the same gradients, layers apart. "
-        "`fira` and `galore` project the shorter side, as PyTorch does, `optax.contrib.galore` the longer one."
+        "`fira`, `galore` and `apollo` project the shorter side, as PyTorch does, `optax.contrib.galore` the longer "
+        "one. `low_rank_muon` refits on every step."
     )
     return _table(options, cases, (note,))
 

@@ -81,12 +81,16 @@ def optimizers(size: Size) -> dict[str, optax.GradientTransformation]:
     }
     if size is QUICK:
         return found
+    eight_bits = {"state_bits": 8, "basis_bits": 8}
     return found | {
         'galore(side="long")': ol.galore(1e-3, side="long", **r),
         "fira": ol.fira(1e-3, **r),
+        "apollo": ol.apollo(1e-3, **r),
         "natural_galore": ol.natural_galore(1e-3, **r),
         "adarankgrad": ol.adarankgrad(1e-3, **r),
         "gradnormlorp": ol.gradnormlorp(1e-3, **r),
+        "gradnormlorp, 8 bits": ol.gradnormlorp(1e-3, **eight_bits, **r),
+        "low_rank_muon": ol.low_rank_muon(1e-3, **r),
         "optax.contrib.muon": optax.contrib.muon(1e-3),
     }
 

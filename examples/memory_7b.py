@@ -1,18 +1,22 @@
-"""Optimizer memory of LLaMA-7B, counted from shapes: GradNormLoRP's 8-bit state against AdamW in bfloat16.
+"""Memory of LLaMA-7B, counted from shapes: which optimizer fits 24 GB, beside what the papers print.
 
-    python examples/memory_7b.py                  # rank 1024, two-sided
-    python examples/memory_7b.py --rank 512 912
+    python examples/memory_7b.py                  # rank 1024
+    python examples/memory_7b.py --rank 512 912 --budget 16GB
 
-Nothing is allocated. AdamW keeps two bfloat16 numbers a parameter. "Everything" counts all arrays of the state,
-"linear layers" those of the projected matrices; each is divided by AdamW's for the same parameters, and the linear
-layers also by AdamW's for all of them, as tables that leave the embeddings out of one side only do.
+Nothing is allocated. Weights are bfloat16, and so are AdamW's two moments. "Sum" is that of `optax_lowrank.plan`:
+weights, state, gradients, and an estimate of the temporaries; no activations. The savings of GradNormLoRP are counted
+in three ways: "everything" counts all arrays of the state, "linear layers" those of the projected matrices; each is
+divided by AdamW's for the same parameters, and the linear layers also by AdamW's for all of them, as tables that leave
+the embeddings out of one side only do.
 """
 
 import argparse
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import optax_lowrank as ol
 
@@ -22,6 +26,43 @@ STATES = {
     "8-bit moments, bfloat16 bases": {"state_bits": 8},
     "8-bit moments and bases": {"state_bits": 8, "basis_bits": 8},
     "8-bit moments, 4-bit bases": {"state_bits": 8, "basis_bits": 4},
+}
+
+
+class Printed(NamedTuple):
+    """A row of a paper, and how to count it."""
+
+    paper: str
+    text: str
+    counts: str  # "sum", or "kept": weights and state
+    method: str
+    rank: int | None = None
+    bits: int | None = None
+    layerwise: bool = False
+
+
+PAPERS = (
+    Printed("GaLore, introduction", "58 GB, 2 of them activations", "sum", "adamw"),
+    Printed("GaLore, Table 3", "26 G", "kept", "adamw", bits=8),
+    Printed("GaLore, Table 3", "18 G", "kept", "galore", 1024, 8),
+    Printed("GaLore, on one card", "22.0 GB", "sum", "galore", 1024, 8, True),
+    Printed("Fira, Table 4 (fine-tuning)", "14.44 G", "kept", "fira", 32, 8),
+)
+
+
+def adamw(state_bits: int | None) -> optax.GradientTransformation:
+    if state_bits is None:
+        return optax.adamw(0.01)
+    return optax.chain(ol.quantize_state(optax.scale_by_adam()), optax.scale_by_learning_rate(0.01))
+
+
+METHODS = {
+    "adamw": adamw,
+    "galore": lambda rank, state_bits: ol.galore(0.01, rank=rank, state_bits=state_bits),
+    "fira": lambda rank, state_bits: ol.fira(0.01, rank=rank, state_bits=state_bits),
+    "gradnormlorp": lambda rank, state_bits: ol.gradnormlorp(
+        0.01, rank=rank, state_bits=state_bits, basis_bits=state_bits
+    ),
 }
 
 
@@ -73,10 +114,38 @@ def largest_rank(saved: float, accounting: str, **options) -> int:
     return ranks[low]
 
 
+def papers_table() -> str:
+    """What papers print for LLaMA-7B beside what our optimizers need, in GB of 10⁹ bytes."""
+    lines = ["| | counted | GB | paper | prints |", "|---|---|---|---|---|"]
+    for row in PAPERS:
+        (ours,) = ol.plan(
+            llama_7b(),
+            0,
+            methods={row.method: METHODS[row.method]},
+            ranks=(row.rank,),
+            bits=(row.bits,),
+            layerwise=(row.layerwise,),
+        ).rows
+        what = {"sum": "sum", "kept": "weights and state"}[row.counts]
+        size = ours.total if row.counts == "sum" else ours.parameters + ours.state
+        words = [
+            row.method,
+            row.rank and f"rank {row.rank}",
+            row.bits and f"{row.bits} bits",
+            row.layerwise and "layer-wise",
+        ]
+        name = ", ".join(word for word in words if word)
+        lines.append(f"| {name} | {what} | {size / 1e9:.1f} | {row.paper} | {row.text} |")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     p.add_argument("--rank", type=int, nargs="+", default=[1024])
+    p.add_argument("--budget", default="24GB", help="memory of the device")
     args = p.parse_args(argv)
+    print(ol.plan(llama_7b(), args.budget, methods=METHODS, ranks=args.rank), "\n")
+    print(papers_table(), "\n")
     print("| rank | state | GB | everything | linear layers | linear layers, of all of AdamW |")
     print("|---|---|---|---|---|---|")
     for rank in args.rank:

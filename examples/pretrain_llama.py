@@ -7,16 +7,28 @@
     python examples/pretrain_llama.py --size 60m --corpus newsgroups --tokenizer bpe --vocab-size 32000
     python examples/pretrain_llama.py --init smollm2 --corpus FILE --seq-len 256 --batch-size 4
     python examples/pretrain_llama.py --size 1b --tokenizer bpe --vocab-size 32000 --memory
+    python examples/pretrain_llama.py --size 7b --layerwise --state-bits 8     # within 24 GB
+    python examples/pretrain_llama.py --size 7b --layerwise --state-bits 8 --compile-only --target rtx4090
 
 In `--out` it leaves `metrics.jsonl` (one JSON object a line), `checkpoints/`, `loss.png`, `ranks.png` and
 `result.json`.  The matrices of the layers have the optimizer's learning rate `--lr`; embedding, head and
 norms have AdamW at `--dense-lr`, because a rate that `--scale` reduces in the subspace is too hot for them.
+
+`--layerwise` updates each layer inside the backward pass, so that the gradients of one layer live at a time:
+the same steps, except that `--clip` clips each layer, and what is around the layers, by its own norm.  All
+optimizers but contrib-galore do this, and all options but two: `--compact-every`, as all layers of a stack have
+the same shapes, and `--accumulate` where the sums would be gradients of all layers (fira and the baselines).
 """
 
 import os
 
 # Threaded LAPACK beside any busy process is slower by orders of magnitude; read at import.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import sys
+
+if "--compile-only" in sys.argv:
+    import targets  # noqa: F401  sets what compilers without a device want to know before JAX begins
 
 import argparse
 import ast
@@ -27,13 +39,13 @@ import inspect
 import json
 import math
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import optax
@@ -41,8 +53,8 @@ import optax.contrib
 import orbax.checkpoint as ocp
 import smollm2
 import text
-from flax import nnx
-from llama import SIZES, LlamaConfig, abstract_llama, init_params
+from llama import SIZES, LlamaConfig, abstract_llama
+from steps import LayerWise, TrainState, Whole, apply_nearest, loss_fn as loss_fn, peak_bytes
 from tqdm import tqdm
 
 import optax_lowrank
@@ -54,8 +66,15 @@ LOW_RANK_LEARNING_RATE = 2e-2  # GaLore's best; every other one starts from it
 DENSE_LEARNING_RATE = 3e-3
 HEADROOM = 4  # columns that compaction keeps beyond those in use, since ranks also rise
 LOG_EVERY = 10  # steps between two looks at the device, because each look waits for it
-MAY_BE_ZERO = {"seed", "resume", "memory"}
-MAY_CHANGE_ON_RESUME = {"out", "resume", "memory", "eval_every", "checkpoint_every"}
+FITS = ("randomized_svd", "svd", "subspace_iteration", "gaussian", "seeded", "dct")
+ONLY_LOOK = {
+    "memory",
+    "budget",
+    "compile_only",
+    "target",
+}  # options that stop before the first step
+MAY_BE_ZERO = {"seed", "resume", "layerwise", *ONLY_LOOK}
+MAY_CHANGE_ON_RESUME = {"out", "resume", "eval_every", "checkpoint_every", *ONLY_LOOK}
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -84,11 +103,27 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--scale", type=float, default=0.25, help="of the step in the subspace")
     p.add_argument(
+        "--fit",
+        choices=[name for name in FITS if hasattr(optax_lowrank, name)],
+        help="how bases are chosen; None: the optimizer's own way",
+    )
+    p.add_argument(
+        "--state-bits",
+        type=int,
+        choices=(8,),
+        help="keep the optimizer state as codes, that of embed and head too; None: floats",
+    )
+    p.add_argument(
+        "--layerwise",
+        action="store_true",
+        help="update each layer inside the backward pass: one layer's gradients live at a time",
+    )
+    p.add_argument(
         "--option",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="any other argument of the optimizer, e.g. state_bits=8; may be repeated",
+        help="any other argument of the optimizer, e.g. basis_bits=8; may be repeated",
     )
     p.add_argument("--lr", type=float, help="peak rate; None: by optimizer, a tenth with --init")
     p.add_argument(
@@ -97,22 +132,55 @@ def parser() -> argparse.ArgumentParser:
         help=f"of AdamW on embed, head, norms; None: {DENSE_LEARNING_RATE}, a tenth with --init",
     )
     p.add_argument("--weight-decay", type=float, default=0.0, help="decoupled; norms are exempt")
-    p.add_argument("--clip", type=float, default=1.0, help="largest global norm of the gradient")
+    p.add_argument(
+        "--clip",
+        type=float,
+        default=1.0,
+        help="largest global norm of the gradient of a micro-batch, with --layerwise of one layer's; 0: no clipping",
+    )
     p.add_argument("--warmup", type=float, default=0.1, help="share of steps; cosine follows")
     p.add_argument("--steps", type=int, default=400)
     p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="K",
+        help="take the batch in K micro-batches, whose gradients are summed, in the subspace where that can be",
+    )
     p.add_argument("--seq-len", type=int, default=128)
     p.add_argument("--corpus", nargs="+", default=[], help="files or newsgroups; none: the book")
     p.add_argument("--tokenizer", choices=("bytes", "bpe"), default="bytes")
     p.add_argument("--vocab-size", type=int, default=4096, help="of bpe")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the weights; None: bfloat16 from 7b on, float32 below",
+    )
+    p.add_argument(
+        "--rounding",
+        choices=("stochastic", "nearest"),
+        default="stochastic",
+        help="of bfloat16 weights after an update; the nearest number is the old one for a small update",
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--eval-every", type=int, default=50, metavar="STEPS")
     p.add_argument("--eval-batches", type=int, default=16)
     p.add_argument("--checkpoint-every", type=int, default=200, metavar="STEPS")
     p.add_argument("--out", type=Path, help="folder of the run; None: runs/OPTIMIZER-SIZE")
     p.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
-    p.add_argument("--memory", action="store_true", help="print the memory table and stop")
+    p.add_argument("--memory", action="store_true", help="print the memory plan and stop")
+    p.add_argument("--budget", default="24GB", help="device memory that --memory plans for")
+    p.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="print the peak memory of the compiled step and stop; allocates nothing",
+    )
+    p.add_argument(
+        "--target",
+        default="cpu",
+        help="of --compile-only, no such device is needed: cpu, rtx4090, h100, or a TPU topology such as v5e:2x2",
+    )
     return p
 
 
@@ -135,11 +203,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 option = f"--{name.replace('_', '-')}"
                 p.error(f"--init {args.init} brings its own: leave {option} out.")
         args.size = args.tokenizer = args.init
+    args.dtype = args.dtype or ("bfloat16" if args.size in ("7b", "13b") else "float32")
     args.rank = model_config(args).hidden // 4 if args.rank is None else args.rank
     share = 0.1 if args.init else 1.0  # what forms a random model would destroy a trained one
     args.lr = share * default_lr(args.optimizer) if args.lr is None else args.lr
     args.dense_lr = share * DENSE_LEARNING_RATE if args.dense_lr is None else args.dense_lr
     args.out = args.out or Path("runs") / f"{args.optimizer}-{args.size}"
+    if args.batch_size % args.accumulate:
+        p.error(f"--accumulate {args.accumulate} must divide --batch-size {args.batch_size}")
+    if args.layerwise and args.compact_every:
+        p.error("--compact-every: with --layerwise all layers of the stack have the same ranks")
+    if args.layerwise and args.optimizer == "contrib-galore":
+        p.error(
+            "--layerwise: optax.contrib.galore fails on what is around the layers, a tree without matrices"
+        )
+    if args.optimizer in BASELINES:
+        if args.state_bits and args.optimizer != "adamw":
+            p.error(f"--state-bits: {args.optimizer} has no 8-bit state; adamw has")
+        if args.layerwise and args.accumulate > 1:
+            p.error(
+                f"--accumulate: {args.optimizer} has no subspace to sum in, and the sums of all layers are "
+                "what --layerwise does without"
+            )
+    try:
+        make_optimizer(args)
+    except (TypeError, ValueError) as error:
+        p.error(f"{args.optimizer}: {error}")
     return args
 
 
@@ -200,20 +289,54 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
         "weight_decay": args.weight_decay,
         "mask": lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
     }
-    dense = optax.adamw(schedule(args, args.dense_lr), **decay)
+    dense = in_float32(adamw(schedule(args, args.dense_lr), args.state_bits, decay))
     low_rank = {"rank": args.rank, "update_proj_gap": args.update_proj_gap, "scale": args.scale}
     options = {k: literal(v) for k, v in (option.split("=", 1) for option in args.option)}
     match args.optimizer:
         case "adamw":
-            tx = optax.adamw(lr, **decay, **options)
+            tx = adamw(lr, args.state_bits, decay, **options)
         case "contrib-galore":
             tx = matrices(optax.contrib.galore(lr, **low_rank, **decay, **options), dense)
         case "muon":
             tx = matrices(optax.contrib.muon(lr, weight_decay=args.weight_decay, **options), dense)
         case alias:
             make = getattr(optax_lowrank, alias)
-            tx = make(lr, **low_rank, **decay, dense=dense, seed=args.seed, **options)
-    return optax.chain(optax.clip_by_global_norm(args.clip), tx)
+            own = {
+                "dense": dense,
+                "fit": getattr(optax_lowrank, args.fit)() if args.fit else None,
+                "state_bits": args.state_bits,
+                "accumulate": args.accumulate,
+                "seed": args.seed,
+            }
+            takes = inspect.signature(make).parameters
+            arguments = {k: v for k, v in (low_rank | decay | own).items() if k in takes}
+            tx = make(lr, **(arguments | options))
+    if args.clip:
+        tx = optax.chain(optax.clip_by_global_norm(args.clip), tx)
+    if args.optimizer in BASELINES and args.accumulate > 1:
+        tx = optax.MultiSteps(tx, args.accumulate).gradient_transformation()
+    return tx
+
+
+def adamw(
+    rate: optax.Schedule, bits: int | None, decay: dict[str, Any], **options: Any
+) -> optax.GradientTransformation:
+    if bits is None:
+        return optax.adamw(rate, **decay, **options)
+    adam = optax_lowrank.quantize_state(optax.scale_by_adam(**options), bits)
+    rest = optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(rate)
+    return optax.chain(adam, *rest)
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` with float32 moments beside bfloat16 weights, in which a second moment could not decay."""
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        wide_updates, state = tx.update(wide(updates), state, params)
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), wide_updates, updates), state
+
+    return optax.GradientTransformation(lambda params: tx.init(wide(params)), update)
 
 
 def matrices(
@@ -240,34 +363,35 @@ def literal(value: str) -> Any:
 # --------------------------------------------------------------------------------------------------- training
 
 
-class TrainState(NamedTuple):
-    params: nnx.State
-    opt_state: optax.OptState
+def make_step(args: argparse.Namespace, config: LlamaConfig) -> Whole:
+    exact = args.rounding == "nearest"
+    apply = apply_nearest if exact else optax_lowrank.apply_rounded
+    return (LayerWise if args.layerwise else Whole)(config, make_optimizer(args), apply)
 
 
-def first_params(args: argparse.Namespace, config: LlamaConfig) -> nnx.State:
+def first_params(args: argparse.Namespace, config: LlamaConfig, step: Whole) -> Any:
     if args.init:
-        return smollm2.llama_params(smollm2.read_tensors(), config)
-    return init_params(config, args.seed)
-
-
-def loss_fn(graph: nnx.GraphDef, params: nnx.State, tokens: jax.Array) -> jax.Array:
-    """Mean cross entropy, in nats per token, of tokens (batch, time + 1)."""
-    logits = nnx.merge(graph, params)(tokens[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+        return step.place(smollm2.llama_params(smollm2.read_tensors(), config))
+    return step.init_params(args.seed)
 
 
 def compile_step(
-    graph: nnx.GraphDef, tx: optax.GradientTransformation, state: TrainState, tokens: np.ndarray
+    args: argparse.Namespace, step: Whole, state: TrainState, sharding: Any = None
 ) -> Any:
     """The training step, compiled ahead of time: it cannot retrace, and reuses the state's buffers."""
 
-    def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, jax.Array]:
-        loss, grads = jax.value_and_grad(loss_fn, argnums=1)(graph, state.params, tokens)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
+    def train_step(
+        state: TrainState, tokens: jax.Array, number: jax.Array
+    ) -> tuple[TrainState, jax.Array]:
+        # one key for all micro-batches: only the last of them moves the weights
+        key = jax.random.fold_in(jax.random.key(args.seed), number)
+        return step(state, tokens, key)
 
-    return jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
+    rows = args.batch_size // args.accumulate
+    tokens = jax.ShapeDtypeStruct((rows, args.seq_len + 1), jnp.int32)
+    place = {"in_shardings": sharding, "out_shardings": sharding} if sharding else {}
+    compiled = jax.jit(train_step, donate_argnums=0, **place)
+    return compiled.lower(state, tokens, jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
 class Metrics:
@@ -316,40 +440,34 @@ def checkpoints(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler)
 
 
-def restore(
-    manager: ocp.CheckpointManager, tx: optax.GradientTransformation, params: nnx.State
-) -> TrainState:
-    """The last checkpoint, whatever ranks it was compacted to."""
-    step = manager.latest_step()
-    saved = manager.item_metadata(step)["opt_state"]
-    shapes = TrainState(params, optax_lowrank.abstract_state(tx, params, saved))
-    return manager.restore(step, args=ocp.args.StandardRestore(shapes))
+def restore(manager: ocp.CheckpointManager, step: Whole, params: Any) -> TrainState:
+    """The last checkpoint."""
+    last = manager.latest_step()
+    saved = manager.item_metadata(last)["opt_state"]
+    shapes = TrainState(params, step.like(params, saved))
+    return manager.restore(last, args=ocp.args.StandardRestore(shapes))
 
 
-def train(
-    args: argparse.Namespace,
-    config: LlamaConfig,
-    tx: optax.GradientTransformation,
-    tokens: text.Tokens,
-) -> Metrics:
+def train(args: argparse.Namespace, config: LlamaConfig, tokens: text.Tokens) -> Metrics:
     """Run from the first step, or the last checkpoint, to `--steps` or Ctrl-C."""
-    graph, _ = abstract_llama(config)
+    one_step = make_step(args, config)
     shape = (args.batch_size, args.seq_len)
-    params = first_params(args, config)
-    valid_loss = jax.jit(functools.partial(loss_fn, graph))
+    params = first_params(args, config, one_step)
+    valid_loss = jax.jit(one_step.loss)
     valid = tokens.valid_batches(args.eval_batches, *shape)
 
     with checkpoints(args.out / "checkpoints") as manager, stop_signal() as stop:
         first = manager.latest_step() or 0
-        begin = lambda: TrainState(params, jax.jit(tx.init)(params))
-        state = restore(manager, tx, params) if first else begin()
+        begin = lambda: TrainState(params, jax.jit(one_step.init)(params))
+        state = restore(manager, one_step, params) if first else begin()
+        del params  # or they would live on beside those that are trained
         metrics = Metrics(args.out / "metrics.jsonl", first)
-        train_step = compile_step(graph, tx, state, tokens.batch(args.seed, 0, *shape))
+        train_step = compile_step(args, one_step, state)
 
         def evaluate(step: int) -> None:
             loss = float(np.mean([valid_loss(state.params, batch) for batch in valid]))
             metrics.add(step=step, valid_loss=loss)
-            if bases := jax.device_get(optax_lowrank.diagnostics(state.opt_state)):
+            if bases := jax.device_get(one_step.diagnostics(state.opt_state)):
                 metrics.add(step=step, bases={path: as_lists(d) for path, d in bases.items()})
             tqdm.write(f"step {step:6d}   validation loss {loss:.4f}", file=sys.stdout)
 
@@ -358,7 +476,11 @@ def train(
         bar = tqdm(total=args.steps, initial=first, disable=None)  # None: only on a terminal
         losses, clock = [], time.perf_counter()  # the losses stay on the device until the next look
         for step in range(first + 1, args.steps + 1):
-            state, loss = train_step(state, tokens.batch(args.seed, step, *shape))
+            micro_batches = np.split(tokens.batch(args.seed, step, *shape), args.accumulate)
+            loss = 0.0
+            for batch in micro_batches:
+                state, part = train_step(state, batch, np.int32(step))
+                loss += part / args.accumulate
             losses.append(loss)
             last = step == args.steps or bool(stop)
             due_eval = step % args.eval_every == 0 or step == args.steps
@@ -378,11 +500,11 @@ def train(
                 evaluate(step)
             if due_compact:
                 smaller = optax_lowrank.compact(
-                    tx, state.opt_state, state.params, HEADROOM, multiple_of=HEADROOM
+                    one_step.tx, state.opt_state, state.params, HEADROOM, multiple_of=HEADROOM
                 )
                 if smaller is not state.opt_state:
                     state = state._replace(opt_state=smaller)
-                    train_step = compile_step(graph, tx, state, tokens.batch(args.seed, 0, *shape))
+                    train_step = compile_step(args, one_step, state)
             if due_save:
                 manager.save(step, args=ocp.args.StandardSave(state))
             if last:
@@ -398,6 +520,59 @@ def state_bytes(opt_state: optax.OptState) -> int:
 
 def as_lists(diagnostics: Any) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in diagnostics._asdict().items()}
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+def memory_plan(args: argparse.Namespace, config: LlamaConfig) -> optax_lowrank.Plan:
+    """What this optimizer, and AdamW beside it, need at most of the budget, all gradients or layer by layer."""
+
+    def method(**options: Any) -> optax.GradientTransformation:
+        return make_optimizer(argparse.Namespace(**(vars(args) | options)))
+
+    plain = {"optimizer": "adamw", "option": [], "accumulate": 1}
+    methods = {"adamw": lambda state_bits: method(state_bits=state_bits, **plain)}
+    match args.optimizer:
+        case "adamw":
+            pass
+        case "muon":
+            methods["muon"] = lambda: method()
+        case "contrib-galore":
+            methods["contrib-galore"] = lambda rank: method(rank=rank)
+        case alias:
+            methods[alias] = lambda rank, state_bits: method(rank=rank, state_bits=state_bits)
+    return optax_lowrank.plan(
+        abstract_llama(config)[1],
+        args.budget,
+        methods=methods,
+        ranks=(args.rank,),
+        bits=(args.state_bits,) if args.state_bits else (None, 8),
+    )
+
+
+def compiled_peak(args: argparse.Namespace, config: LlamaConfig) -> int | None:
+    """Peak bytes of the training step by the compiler of `--target`, printed; None without its packages."""
+    import targets
+
+    step = make_step(args, config)
+    try:
+        sharding = targets.placement(args.target)
+    except targets.Missing as missing:
+        print(missing)
+        return None
+    start = time.perf_counter()
+    state = TrainState(step.shapes, jax.eval_shape(step.init, step.shapes))
+    compiled = compile_step(args, step, state, sharding)
+    peak = peak_bytes(compiled)
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    way = "layer-wise" if args.layerwise else "whole gradient"
+    print(
+        f"{args.target}, {args.dtype}, {args.batch_size // args.accumulate} x {args.seq_len} tokens, {way}: peak "
+        f"{peak / 2**30:.2f} GiB, temporaries {temporaries / 2**30:.2f} GiB; compiled, not run, in "
+        f"{time.perf_counter() - start:.0f} s"
+    )
+    return peak
 
 
 # ----------------------------------------------------------------------------------------------------- result
@@ -437,8 +612,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train as the options say; returns what `result.json` holds."""
     args = parse(argv)
     config = model_config(args)
-    tx = make_optimizer(args)
-    memory = optax_lowrank.memory_report(tx, abstract_llama(config)[1])
+    memory = optax_lowrank.memory_report(make_optimizer(args), abstract_llama(config)[1])
     print(f"Llama {args.size}, {args.optimizer}, learning rate {args.lr:g}\n\n{memory}\n")
     result = {
         "settings": settings(args),
@@ -448,6 +622,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "finished": False,
     }
     if args.memory:
+        print(memory_plan(args, config))
+        return result
+    if args.compile_only:
+        result["peak_bytes"] = compiled_peak(args, config)
         return result
 
     check_out(args)
@@ -459,7 +637,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trained = bool(args.resume or args.init)
     tokens = text.tokenize(corpus, args.seq_len, config.vocab, bpe_file, trained)
     (args.out / "settings.json").write_text(json.dumps(settings(args), indent=2))
-    metrics = train(args, config, tx, tokens)
+    metrics = train(args, config, tokens)
     step = metrics.records[-1]["step"]
     if step < args.steps:
         print(f"Stopped and saved after step {step}. The same command with --resume continues it.")

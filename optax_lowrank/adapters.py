@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_lowrank.views import MatrixView, axes_by_path, flatten_by_path
+from optax_lowrank.classify import axes_by_path
+from optax_lowrank.views import MatrixView, flatten_by_path
 
 
 def init(

@@ -1,38 +1,31 @@
-"""From a subspace part to an optimizer: which leaves are projected, weight decay, learning rate."""
+"""From a transformation of matrices to an optimizer: which leaves are projected, weight decay, learning rate."""
 
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowrank.accumulate import accumulated, at_window_end
-from optax_lowrank.low_rank import keep_where
-from optax_lowrank.views import MatrixView, axes_by_path, flatten_by_path
+from optax_lowrank.classify import Rank, axes_by_path, describe, ranks_by_path
+from optax_lowrank.low_rank import LowRankState
+from optax_lowrank.refresh import positions
+from optax_lowrank.rules import wide
+from optax_lowrank.views import MatrixView, flatten_by_path
 
-# What `optax.inject_hyperparams(alias, static_args=INJECT_STATIC_ARGS)` must not turn into traced arrays or schedules.
-# Optax rejects names that an alias has not; so add "basis_bits" for `gradnormlorp`, and "update_proj_gap" if it is a
-# policy.
-INJECT_STATIC_ARGS = (
-    "rank",
-    "mask",
-    "weight_dimension_numbers",
-    "fit",
-    "side",
-    "mu_dtype",
-    "rotate_moments",
-    "dense",
-    "state_bits",
-    "accumulate",
-    "seed",
-)
+
+class OptimizerState(NamedTuple):
+    """State of `assemble`."""
+
+    direction: optax.PartitionState  # `inner_states`: "matrix" and "dense"
+    count: jax.Array  # () int32, calls of `update` so far
 
 
 def assemble(
     matrix: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
     *,
-    rank: int,
+    rank: Rank,
     inner: optax.GradientTransformation | None = None,
     dense: optax.GradientTransformation | None = None,
     axes: Any = None,
@@ -48,26 +41,30 @@ def assemble(
         update = −η (direction + λ W),
 
     the decay in full space, never projected or multiplied by the scale of the subspace. A dense leaf whose gradient is
-    not finite is skipped like a matrix of `low_rank`: zero direction, its state as before.
+    not finite, or overflows in a square, is skipped like a matrix of `low_rank`: zero update, no decay, its state as
+      before.
 
     Args:
       matrix: transformation of the matrix leaves, `low_rank(...)` or a chain with it.
       learning_rate: η, a number or a schedule.
-      rank: matrices with a side no longer than this save nothing by projection, and are dense.
+      rank: as in `low_rank`; matrices with a side no longer than this save nothing by projection, and are dense.
       inner: direction of the dense leaves, `optax.scale_by_adam()` by default; its moments are float32 even where the
-        parameters are bfloat16.
-      dense: a complete transformation of the dense leaves, in place of `inner`, η and λ.
+        parameters are bfloat16. No learning rate in it: `optax.sgd` would step uphill.
+      dense: a complete transformation of the dense leaves, with its own rate and decay, in place of `inner`, η and λ.
       axes: overrides of `matrix_axes`; a pattern that matches no leaf is an error.
       weight_decay: λ.
       mask: which leaves decay: a tree like the parameters or a function of them, as in `optax.adamw`.
-      accumulate: k micro-batches that make one update; `matrix` must have an `accumulated` inner then.
       owns_learning_rate: `matrix` applies η and λ itself, as `gradnormlorp` must.
+      accumulate: k micro-batches that make one update; `matrix` must have an `accumulated` rule then.
 
     Returns:
       A transformation; `update` needs `params` only if something decays.
 
     Raises:
-      ValueError: overrides do not fit the parameters (`init`).
+      TypeError, ValueError: `dense` is no transformation (here); overrides do not fit the parameters (`init`).
+
+    Warns:
+      UserWarning: not a single leaf is projected (`init`).
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_lowrank as ol
@@ -76,65 +73,125 @@ def assemble(
       >>> list(ol.diagnostics(state))
       ['kernel']
     """
-    if dense is None:
-        rest = _in_float32(accumulated(inner or optax.scale_by_adam(), accumulate))
-    else:
-        rest = accumulated(dense, accumulate)
-    finished_outside = {"matrix": not owns_learning_rate, "dense": dense is None}
+    for name, part in (("inner", inner), ("dense", dense)):
+        if part is not None and not (hasattr(part, "init") and hasattr(part, "update")):
+            raise TypeError(f"`{name}` must be an Optax transformation, got {part!r}.")
+    rest = (inner or optax.scale_by_adam()) if dense is None else dense
+    if accumulate > 1:
+        # sums, not running means, so that a micro-batch which is skipped counts as zero
+        of_mean = optax.chain(optax.scale(1 / accumulate), rest)
+        steps = optax.MultiSteps(of_mean, accumulate, use_grad_mean=False)
+        rest = optax.GradientTransformationExtraArgs(steps.init, steps.update)
+    rest = _in_float32(rest) if dense is None else rest
+    finished_here = {"matrix": not owns_learning_rate, "dense": dense is None}
 
     def labels(tree):
         leaves, treedef = flatten_by_path(tree)
-        found = axes_by_path(tree, axes, strict=False)
-
-        def label(path, leaf):
-            if found[path] is None:
-                return "dense"
-            view = MatrixView.of(leaf.shape, found[path])
-            return "matrix" if min(view.m, view.n) > rank else "dense"
-
-        return treedef.unflatten(label(path, leaf) for path, leaf in leaves.items())
-
-    def takes(tree):
-        return jax.tree.map(finished_outside.__getitem__, labels(tree))
-
-    def decays(tree):
-        chosen = mask(tree) if callable(mask) else True if mask is None else mask
-        both = lambda choice, part: jax.tree.map(lambda taken: choice and taken, part)
-        return jax.tree.map(both, chosen, takes(tree))  # a mask may be a prefix of the tree
+        found = {
+            path: x for path, x in axes_by_path(tree, axes, strict=False).items() if x is not None
+        }
+        views = {path: MatrixView.of(leaves[path].shape, x) for path, x in found.items()}
+        ranks = ranks_by_path(views, rank, strict=False)
+        projected = {path for path, view in views.items() if min(view.m, view.n) > ranks[path]}
+        return treedef.unflatten("matrix" if path in projected else "dense" for path in leaves)
 
     direction = optax.partition({"matrix": matrix, "dense": _guarded(rest)}, labels)
-    after = [optax.masked(optax.scale_by_learning_rate(learning_rate), takes)]
-    if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
-        after.insert(0, optax.add_decayed_weights(weight_decay, decays))
-    tx = optax.chain(direction, *(at_window_end(part, accumulate) for part in after))
 
     def init(params):
-        whole = not any(
-            isinstance(x, optax.MaskedNode) for x in jax.tree.leaves(params, is_leaf=_is_masked)
-        )
-        if whole and jax.tree.leaves(params):
+        if _is_whole(params):
             axes_by_path(params, axes)  # raises if overrides do not fit
-        return tx.init(params)
+            if "matrix" not in jax.tree.leaves(labels(params)):
+                table = describe(params, axes, rank=rank)
+                warnings.warn(
+                    f"no leaf is projected: this is an optimizer of dense leaves.\n{table}",
+                    stacklevel=2,
+                )
+        return OptimizerState(direction.init(params), jnp.zeros([], jnp.int32))
 
-    return optax.GradientTransformationExtraArgs(init, tx.update)
+    def update(updates, state, params=None, **extra):
+        out, new = direction.update(updates, state.direction, params, **extra)
+        rate = (
+            learning_rate(state.count // accumulate) if callable(learning_rate) else learning_rate
+        )
+        decays = {}
+        if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
+            if params is None:
+                raise ValueError(
+                    "`weight_decay` needs the weights: call `tx.update(grads, state, params)`."
+                )
+            decays = flatten_by_path(_chosen(mask, params))[0]
+        weights = flatten_by_path(params)[0] if decays else {}
+        decay = weight_decay
+        if accumulate > 1:
+            decay = jnp.where((state.count + 1) % accumulate == 0, weight_decay, 0)
+        parts, taken = (
+            flatten_by_path(labels(updates))[0],
+            _taken(updates, new, axes) if decays else {},
+        )
+
+        def finish(path, u):
+            if not finished_here[parts[path]]:
+                return u
+            x = u.astype(wide(u))
+            if decays.get(path):
+                x = x + jnp.where(taken[path], decay, 0).astype(x.dtype) * weights[path].astype(
+                    x.dtype
+                )
+            return (-jnp.asarray(rate, x.dtype) * x).astype(u.dtype)
+
+        leaves, treedef = flatten_by_path(out)
+        out = treedef.unflatten(finish(path, u) for path, u in leaves.items())
+        return out, OptimizerState(new, optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_masked(x):
-    return isinstance(x, optax.MaskedNode)
+def _is_whole(params):
+    """Whether this is a tree of parameters, and not a part of one or none."""
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    leaves = jax.tree.leaves(params, is_leaf=is_masked)
+    return bool(leaves) and all(not is_masked(x) and hasattr(x, "shape") for x in leaves)
+
+
+def _chosen(mask, params):
+    """Which leaves decay, a tree like the parameters; a mask may be a prefix of them."""
+    chosen = mask(params) if callable(mask) else True if mask is None else mask
+    return jax.tree.map(
+        lambda choice, part: jax.tree.map(lambda _: bool(choice), part), chosen, params
+    )
+
+
+def _taken(updates, state, axes) -> dict[str, jax.Array]:
+    """For each leaf whether its step was taken: an array that broadcasts against it, one bool a matrix."""
+    leaves, _ = flatten_by_path(updates)
+    taken = {path: _finite(g) for path, g in leaves.items()}
+    found = axes_by_path(updates, axes, strict=False)
+    is_one = lambda x: isinstance(x, LowRankState)
+    for part in filter(is_one, jax.tree.leaves(state, is_leaf=is_one)):
+        if isinstance(part.leaves, dict):
+            views = {path: MatrixView.of(leaves[path].shape, found[path]) for path in part.leaves}
+            for path, place in positions(
+                {path: view.batch for path, view in views.items()}
+            ).items():
+                taken[path] = views[path].per_matrix(part.stats.finite[place])
+    return taken
+
+
+def _finite(g):
+    # a square that overflows would stay in a second moment for good
+    return jnp.isfinite(jnp.sum(jnp.square(g.astype(wide(g)))))
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` in float32 or wider: a bfloat16 second moment with b2 = 0.999 can never decay."""
     inner = optax.with_extra_args_support(inner)
-    wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)
 
     def like(p):
         # shapes only: a float32 copy of every dense parameter would be allocated just to be measured
-        return (
-            p
-            if p.dtype == wide(p)
-            else jax.ShapeDtypeStruct(p.shape, wide(p), sharding=_sharding(p))
-        )
+        if p.dtype == wide(p):
+            return p
+        concrete = isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer)
+        return jax.ShapeDtypeStruct(p.shape, wide(p), sharding=p.sharding if concrete else None)
 
     def init(params):
         return inner.init(jax.tree.map(like, params))
@@ -147,22 +204,26 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _sharding(p):
-    return p.sharding if isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer) else None
-
-
 def _guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Skips leaves whose gradient is not finite: zero update, state as before."""
+    """Skips leaves whose gradient is not finite: zero update, state as before.
+
+    What belongs to a leaf is told by structure: the subtrees of the state that are trees like the gradients.
+    """
     inner = optax.with_extra_args_support(inner)
 
     def update(updates, state, params=None, **extra):
-        leaves, treedef = flatten_by_path(updates)
-        finite = {path: jnp.all(jnp.isfinite(g)) for path, g in leaves.items()}
-        zero_unless_finite = lambda tree: treedef.unflatten(
-            jnp.where(ok, x, 0)
-            for ok, x in zip(finite.values(), jax.tree.leaves(tree), strict=True)
-        )
-        out, new_state = inner.update(zero_unless_finite(updates), state, params, **extra)
-        return zero_unless_finite(out), keep_where(finite, new_state, state)
+        finite = jax.tree.map(_finite, updates)
+        usable = jax.tree.map(lambda ok, g: jnp.where(ok, g, jnp.zeros_like(g)), finite, updates)
+        out, new = inner.update(usable, state, params, **extra)
+        out = jax.tree.map(lambda ok, u: jnp.where(ok, u, jnp.zeros_like(u)), finite, out)
+        shape = jax.tree.structure(updates)
+        like_updates = lambda node: jax.tree.structure(node) == shape
+
+        def keep(new, old):
+            if not like_updates(new):
+                return new
+            return jax.tree.map(lambda ok, x, y: jnp.where(ok, x, y), finite, new, old)
+
+        return out, jax.tree.map(keep, new, state, is_leaf=like_updates)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -1,17 +1,33 @@
-"""How a basis is stored between refits: in a dtype, or in codes of 8 or 4 bits that are corrected where it is used."""
+"""How a basis is kept between refits: in a dtype, in codes of 8 or 4 bits, or not at all."""
 
 import dataclasses
-import functools
-import itertools
-import statistics
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from optax_lowrank import codes
+from optax_lowrank import linalg
+from optax_lowrank.codes import Book
+from optax_lowrank.fits import Fit
 from optax_lowrank.linalg import matmul
+
+
+class Basis(Protocol):
+    """What `low_rank` asks of the bases of one run; a hashable value. One matrix at a time, P (m, r)."""
+
+    implicit: bool  # made from less than itself, so that `read` needs a refit to speak of
+
+    def init(self, m: int, r: int, dtype: Any) -> Any:
+        """What is stored before the first fit."""
+
+    def refit(self, key: jax.Array, G: jax.Array, P: jax.Array) -> tuple[Any, jax.Array]:
+        """What is stored of the basis for G (m, n), P being the old one, and whether that is any good, () bool."""
+
+    def read(self, stored: Any, key: jax.Array, m: int, r: int, dtype: Any) -> jax.Array:
+        """The basis, orthonormal to the precision of what is stored; `key` is that of the refit."""
+
+    def rank(self, stored: Any) -> int | None:
+        """R of a stored basis, or None where nothing tells."""
 
 
 class BasisStore(Protocol):
@@ -26,6 +42,121 @@ class BasisStore(Protocol):
 
     def decode(self, stored: Any, m: int, dtype: Any) -> jax.Array:
         """The basis, orthonormal to the precision of the store; columns that are not used are exactly zero."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """Bases that a fit chooses and a store keeps."""
+
+    fit: Fit
+    store: BasisStore
+    implicit = False
+
+    def init(self, m, r, dtype):
+        """Zeros."""
+        return self.store.encode(jnp.zeros((m, r), dtype))
+
+    def refit(self, key, G, P):
+        """The fit's basis, unless it is not finite or not orthonormal."""
+        new = self.fit(key, G, P)
+        return self.store.encode(new), linalg.is_orthonormal(new)
+
+    def read(self, stored, key, m, r, dtype):
+        """What the store has."""
+        del key, r
+        return self.store.decode(stored, m, dtype)
+
+    def rank(self, stored):
+        """The last axis of what is stored."""
+        return jax.tree.leaves(stored)[-1].shape[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seeded:
+    implicit = True
+
+    def init(self, m, r, dtype):
+        del m, r, dtype
+        return ()
+
+    def refit(self, key, G, P):
+        del key, G, P
+        return (), jnp.bool_(True)
+
+    def read(self, stored, key, m, r, dtype):
+        del stored
+        rows, columns = jax.random.split(key)
+        signs = jax.random.rademacher(rows, (m, 1), dtype)
+        return signs * linalg.dct_columns(m, jax.random.permutation(columns, m)[:r], dtype)
+
+    def rank(self, stored):
+        del stored
+
+
+def seeded() -> Basis:
+    """Random bases of which nothing is stored: made anew from seed and count wherever they are used.
+
+    P = S C[:, J], with C the m × m DCT, r of its columns J drawn at random and random signs S of the rows:
+    orthonormal to rounding without a factorization, m · r cosines a use. For the argument `fit`.
+
+    Returns:
+      A fit that is its own store. `resize` cannot change its rank, which no array tells.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_lowrank as ol
+      >>> shapes = {"kernel": jax.ShapeDtypeStruct((256, 512), jnp.float32)}
+      >>> ol.memory_report(ol.galore(0.01, rank=32, fit=ol.seeded()), shapes).arrays == 4 * 2 * 32 * 512
+      True
+
+    Reference: Hao et al. (Flora), arXiv:2402.03293, and Zhu et al. (APOLLO), arXiv:2412.05270, whose Gaussian
+      matrices are not orthonormal; Woolfe et al., Appl. Comput. Harmon. Anal. 25 (2008), for the subsampled transform.
+    """
+    return _Seeded()
+
+
+@dataclasses.dataclass(frozen=True)
+class _DCT:
+    implicit = True
+
+    def init(self, m, r, dtype):
+        del m, dtype
+        return jnp.zeros((1, r), jnp.int32)
+
+    def refit(self, key, G, P):
+        del key
+        m, r = P.shape
+        C = linalg.dct_columns(m, jnp.arange(m, dtype=jnp.int32), G.dtype)
+        energy = jnp.sum(jnp.square(matmul(C.T, G)), axis=1)
+        return jax.lax.top_k(energy, r)[1].astype(jnp.int32)[None], jnp.all(jnp.isfinite(energy))
+
+    def read(self, stored, key, m, r, dtype):
+        del key, r
+        return linalg.dct_columns(m, stored[0], dtype)
+
+    def rank(self, stored):
+        return stored.shape[-1]
+
+
+def dct() -> Basis:
+    """Bases of which r integers are stored: the columns of the m × m DCT that hold most of the gradient.
+
+    P = C[:, J] with J the r largest of the row norms of CᵀG. Made anew from J wherever they are used, m · r cosines a
+    use. For the argument `fit`.
+
+    Returns:
+      A fit that is its own store.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_lowrank as ol
+      >>> G = jnp.ones((8, 12))  # all in the first column of the DCT
+      >>> tx = ol.low_rank(optax.identity(), rank=1, fit=ol.dct())
+      >>> update, state = tx.update({"kernel": G}, tx.init({"kernel": G}))
+      >>> bool(jnp.allclose(update["kernel"], G, atol=1e-5)), state.leaves["kernel"].basis.tolist()
+      (True, [[[0]]])
+
+    Reference: Modoranu et al., arXiv:2505.17967.
+    """
+    return _DCT()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +181,9 @@ class InDtype:
 
 
 class CodedBasis(NamedTuple):
-    """A basis in 8-bit codes; blocks run down the columns."""
+    """A basis in codes; blocks run down the columns, and so do the pairs of 4-bit codes that share a byte."""
 
-    codes: jax.Array  # (..., m, r) uint8, see `codes.encode`
-    block_scale: jax.Array  # (..., blocks, r) float32
-
-
-class PairedBasis(NamedTuple):
-    """A basis in 4-bit codes, two of a column to a byte, the upper row in the lower half."""
-
-    pairs: jax.Array  # (..., ⌈m / 2⌉, r) uint8
+    codes: jax.Array  # (..., m, r) or (..., m / 2, r), see `codes.Book`
     block_scale: jax.Array  # (..., blocks, r) float32
 
 
@@ -82,7 +206,7 @@ class InCodes:
       >>> store = ol.InCodes(4)
       >>> stored = store.encode(P)
       >>> Q = store.decode(stored, 64, P.dtype)
-      >>> stored.pairs.shape, jnp.allclose(Q.T @ Q, jnp.eye(5), atol=1e-5).item()
+      >>> stored.codes.shape, jnp.allclose(Q.T @ Q, jnp.eye(5), atol=1e-5).item()
       ((32, 5), True)
 
     Reference: Dettmers et al., arXiv:2305.14314 (the quantiles); Higham, Functions of Matrices, chapter 8 (the
@@ -93,67 +217,22 @@ class InCodes:
 
     def __post_init__(self):
         if not isinstance(self.bits, int) or self.bits not in (8, 4):
-            raise ValueError(
-                f"a basis has codes of 8 or 4 bits, got {self.bits!r}. Under `optax.inject_hyperparams` add "
-                '"basis_bits" to `static_args`.'
-            )
+            raise ValueError(f"a basis has codes of 8 or 4 bits, got `basis_bits={self.bits!r}`.")
 
-    def encode(self, P: jax.Array) -> CodedBasis | PairedBasis:
+    @property
+    def _book(self) -> Book:
+        return Book(self.bits, 256 if self.bits == 8 else 128)
+
+    def encode(self, P: jax.Array) -> CodedBasis:
         """Codes and scales of P."""
-        if self.bits == 8:
-            numbers, scale = codes.encode(P.mT)
-            return CodedBasis(numbers.mT, scale.mT)
-        unit, scale = codes.in_blocks(P.mT, _ROWS)
-        pairs = _in_pairs(_nearest_quantile(unit).mT)
-        return PairedBasis(pairs, scale.mT)
+        numbers, scale = self._book.encode(P.mT)
+        return CodedBasis(numbers.mT, scale.mT)
 
-    def decode(self, stored: CodedBasis | PairedBasis, m: int, dtype: Any) -> jax.Array:
+    def decode(self, stored: CodedBasis, m: int, dtype: Any) -> jax.Array:
         """The orthonormal basis (..., m, r) nearest to the decoded one."""
-        if self.bits == 8:
-            numbers, scale = stored
-            D = codes.decode(numbers.mT, scale.mT).mT
-        else:
-            pairs, scale = stored
-            unit = _quantile(_from_pairs(pairs, m))
-            D = unit * codes.spread(scale.mT, unit.mT.shape, _ROWS).mT
+        del m
+        D = self._book.decode(stored.codes.mT, stored.block_scale.mT).mT
         return _nearest_orthonormal(D.astype(dtype), steps=2 if self.bits == 8 else 4)
-
-
-_ROWS = 128  # that share a scale in 4 bits
-
-
-@functools.cache
-def _quantiles() -> tuple[float, ...]:
-    """The 16 values of a 4-bit code: equally spaced quantiles of a normal distribution, 0 among them, in [−1, 1]."""
-    normal = statistics.NormalDist()
-    tail = 0.9677083  # of the outermost quantile, theirs: the mean of 1 − 1/32 and 1 − 1/30
-    half = lambda n: [normal.inv_cdf(tail + (0.5 - tail) * i / n) for i in range(n)]
-    positive, negative = half(8), half(7)
-    return tuple(x / positive[0] for x in sorted([*positive, 0.0, *(-x for x in negative)]))
-
-
-def _nearest_quantile(unit):
-    book = _quantiles()
-    edges = [(a + b) / 2 for a, b in itertools.pairwise(book)]
-    return sum((unit > edge).astype(jnp.uint8) for edge in edges)
-
-
-def _quantile(index):
-    value = jnp.zeros(index.shape, jnp.float32)
-    for i, x in enumerate(_quantiles()):
-        value = jnp.where(index == i, np.float32(x), value)
-    return value
-
-
-def _in_pairs(index):
-    """(..., m, r) indices below 16, two rows to a byte."""
-    padded = jnp.pad(index, [(0, 0)] * (index.ndim - 2) + [(0, index.shape[-2] % 2), (0, 0)])
-    return padded[..., 0::2, :] | (padded[..., 1::2, :] << 4)
-
-
-def _from_pairs(pairs, m):
-    both = jnp.stack([pairs & 15, pairs >> 4], axis=-2)
-    return both.reshape(*pairs.shape[:-2], -1, pairs.shape[-1])[..., :m, :]
 
 
 def _nearest_orthonormal(D, steps):
@@ -166,12 +245,3 @@ def _nearest_orthonormal(D, steps):
     for _ in range(steps - 1):
         X = matmul(X, 1.5 * identity - 0.5 * matmul(gram, matmul(X, X)))
     return matmul(D, X)
-
-
-def basis_store(
-    state_bits: Literal[8] | None, basis_bits: Literal[8, 4] | None = None
-) -> BasisStore:
-    """The store that goes with the options of an alias: bfloat16 with 8-bit moments, codes on request."""
-    if basis_bits is not None:
-        return InCodes(basis_bits)
-    return InDtype(None if state_bits is None else jnp.bfloat16)

@@ -2,9 +2,13 @@
 
 A fit is a pure function of a key, a gradient `G` (m, n) and the old basis `P` (m, r), both float32 or wider;
 it returns the new basis (m, r) with orthonormal columns, or zero columns where `G` has no direction left.
-`low_rank` calls it only with finite, nonzero gradients, scaled to a largest entry of 1.
+`low_rank` calls it only with finite, nonzero gradients, scaled to a largest entry of 1. The fits below are values:
+equal arguments give equal objects with equal hashes, so that a jitted function which takes one as a static argument is
+compiled once, not once for every optimizer that is made.
 """
 
+import dataclasses
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -34,13 +38,15 @@ def svd() -> Fit:
     Reference: Zhao et al., arXiv:2403.03507, Algorithm 2. The sign of each column is fixed (the entry of
       largest magnitude is positive); the authors' code keeps whatever sign LAPACK returns.
     """
+    return _Svd()
 
-    def fit(key, G, P):
+
+@dataclasses.dataclass(frozen=True)
+class _Svd:
+    def __call__(self, key, G, P):
         del key
         U, _, _ = jnp.linalg.svd(G, full_matrices=False)
         return linalg.fix_signs(U[:, : P.shape[1]])
-
-    return fit
 
 
 def randomized_svd(oversample: int = 8, power_iterations: int = 1) -> Fit:
@@ -75,24 +81,40 @@ def randomized_svd(oversample: int = 8, power_iterations: int = 1) -> Fit:
             f"{power_iterations=}."
         )
 
-    def fit(key, G, P):
-        rank = P.shape[1]
-        sketch = min(rank + oversample, *G.shape)
-        Y = linalg.matmul(G, jax.random.normal(key, (G.shape[1], sketch), G.dtype))
-        if power_iterations == 0:
-            return linalg.left_singular_vectors(Y)[:, :rank]
-        Y = linalg.orthonormalize(Y)  # GᵀY would square the spread of the singular values
-        for _ in range(power_iterations):
-            Y = linalg.subspace_step(G, Y)
-        return Y[:, :rank]
+    return _RandomizedSvd(oversample, power_iterations)
 
-    return fit
+
+@dataclasses.dataclass(frozen=True)
+class _RandomizedSvd:
+    oversample: int
+    power_iterations: int
+
+    def __call__(self, key, G, P):
+        rank = P.shape[1]
+        sketch = min(rank + self.oversample, *G.shape)
+        Y = linalg.matmul(G, jax.random.normal(key, (G.shape[1], sketch), G.dtype))
+
+        def iterate(i, state):
+            Y, Q = state
+
+            def power():
+                Z = linalg.orthonormalize(linalg.matmul(G.T, Q), of_longest=True)
+                return linalg.matmul(G, Z)
+
+            Y = jax.lax.cond(i > 0, power, lambda: Y)
+            return Y, linalg.orthonormalize(Y, of_longest=True)
+
+        # a loop, so that each factorization is compiled once however often it runs
+        Y, Q = jax.lax.fori_loop(0, self.power_iterations + 1, iterate, (Y, jnp.zeros_like(Y)))
+        return linalg.rotate_to_singular_vectors(Q, Y)[:, :rank]
 
 
 def subspace_iteration() -> Fit:
     """Warm start: one step of subspace iteration from the old basis, cheap enough for every few steps.
 
-    P ← left singular vectors of G orth(GᵀP); zero columns of P (all of them at the first fit) are seeded at random.
+    P ← left singular vectors of G orth(GᵀP). Columns of P that are zero (all of them at the first fit), or that add no
+    direction to GᵀP (the gradient has become orthogonal to them), are seeded at random, so that a basis which has lost
+    the gradient finds it again within the same call.
 
     Returns:
       A fit.
@@ -107,12 +129,30 @@ def subspace_iteration() -> Fit:
 
     Reference: Robert et al. (LDAdam), arXiv:2410.16103, which tracks its subspace by one step per update.
     """
+    return _SubspaceIteration()
 
-    def fit(key, G, P):
-        seeds = jax.random.normal(key, P.shape, P.dtype)
-        return linalg.subspace_step(G, jnp.where(jnp.any(P != 0, axis=0), P, seeds))
 
-    return fit
+@dataclasses.dataclass(frozen=True)
+class _SubspaceIteration:
+    def __call__(self, key, G, P):
+        def project(state):
+            P, _, tries = state
+            seeds = jax.random.normal(jax.random.fold_in(key, tries), P.shape, P.dtype)
+            P = jnp.where(_there(P)[None, :], P, seeds / P.shape[0] ** 0.5)
+            Z = linalg.orthonormalize(linalg.matmul(G.T, P), of_longest=True)
+            return jnp.where(_there(Z)[None, :], P, 0), Z, tries + 1
+
+        def again(state):
+            _, Z, tries = state
+            return (tries == 0) | (tries == 1) & ~jnp.all(_there(Z))
+
+        Z = jnp.zeros((G.shape[1], P.shape[1]), G.dtype)
+        _, Z, _ = jax.lax.while_loop(again, project, (P, Z, 0))
+        return linalg.left_singular_vectors(linalg.matmul(G, Z))
+
+
+def _there(P):
+    return jnp.any(P != 0, axis=0)
 
 
 def gaussian() -> Fit:
@@ -130,11 +170,13 @@ def gaussian() -> Fit:
 
     Reference: Hao et al. (Flora), arXiv:2402.03293; ours is orthonormalized, so that P is a projector's basis.
     """
+    return _Gaussian()
 
-    def fit(key, G, P):
+
+@dataclasses.dataclass(frozen=True)
+class _Gaussian:
+    def __call__(self, key, G, P):
         return linalg.fix_signs(linalg.orthonormalize(jax.random.normal(key, P.shape, G.dtype)))
-
-    return fit
 
 
 def adaptive_rank(
@@ -144,7 +186,8 @@ def adaptive_rank(
 
     lost(r) = 1 − Σ_{k≤r} ‖P_kᵀG‖² / ‖G‖², which for singular vectors is 1 − Σ_{k≤r} σ_k² / ‖G‖². The active rank is the
     first r of min_rank, min_rank + rank_step, … with lost(r) ≤ max_residual_energy, else the rank of the basis. One fit
-    answers for all r; zero columns make zero coordinates, moments and steps. `compact` releases their memory.
+    answers for all r; zero columns make zero coordinates, moments and steps. `compact` releases their memory. Equal
+    numbers give equal fits; arrays (injected hyperparameters) have no hash, and such a fit equals only itself.
 
     Args:
       fit: any fit whose columns come strongest first.
@@ -177,14 +220,42 @@ def adaptive_rank(
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise ValueError(f"`{name}` must be in [{low}, {high}], got {value}.")
 
-    def adapted(key, G, P):
-        P = fit(key, G, P)
+    adapted = _AdaptiveRank(fit, max_residual_energy, min_rank, rank_step)
+    try:
+        hash(adapted)
+    except TypeError:  # an array has no hash; a bound method has that of its object's identity
+        return adapted.__call__
+    return adapted
+
+
+@dataclasses.dataclass(frozen=True)
+class _AdaptiveRank:
+    fit: Fit
+    max_residual_energy: float
+    min_rank: int
+    rank_step: int
+
+    def __call__(self, key, G, P):
+        P = self.fit(key, G, P)
+        largest = jnp.max(jnp.abs(G))  # squares overflow long before G does
+        G = G / jnp.where(largest > 0, largest, 1)
         kept = jnp.cumsum(jnp.sum(jnp.square(linalg.matmul(P.T, G)), axis=1))
-        lost = 1 - kept / jnp.sum(jnp.square(G))  # G is not zero
+        lost = 1 - kept / jnp.sum(jnp.square(G))  # NaN for G = 0, whose basis is zero at every rank
         ranks = jnp.arange(1, P.shape[1] + 1)
-        tried = (ranks >= min_rank) & ((ranks - min_rank) % rank_step == 0)
-        enough = tried & (lost <= max_residual_energy)
+        tried = (ranks >= self.min_rank) & ((ranks - self.min_rank) % self.rank_step == 0)
+        enough = tried & (lost <= self.max_residual_energy)
         rank = jnp.where(jnp.any(enough), ranks[jnp.argmax(enough)], P.shape[1])
         return jnp.where(ranks <= rank, P, 0)
 
-    return adapted
+
+def check_fit(fit):
+    """`fit` as it is, a fit or a basis that is made from less than itself.
+
+    Raises:
+      TypeError: it is neither, or a function that makes one and was not called.
+    """
+    if isinstance(fit, type) or not (callable(fit) or hasattr(fit, "implicit")):
+        raise TypeError(f"`fit` must be a fit such as `svd()`, got {fit!r}.")
+    if inspect.isfunction(fit) and fit.__module__.startswith("optax_lowrank."):
+        raise TypeError(f"`fit` must be called: `fit={fit.__name__}()`.")
+    return fit

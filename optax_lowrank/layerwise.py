@@ -1,9 +1,13 @@
-"""Layer-wise update: the optimizer runs inside the backward pass, so that one layer's gradient lives at a time."""
+"""Layer-wise update: the optimizer runs inside the backward pass, so that one layer's gradient lives at a time.
+
+And stochastic rounding, for weights that leave no room for a float32 copy.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -25,6 +29,7 @@ def layerwise_step(
     x: Any,
     head_loss: Callable[[Any, Any], jax.Array],
     head: Any,
+    apply: Callable[[Any, Any, jax.Array], Any] | None = None,
 ) -> LayerwiseStep:
     """One training step of a stack of equal layers, each updated as soon as its gradient is known.
 
@@ -34,18 +39,23 @@ def layerwise_step(
         dW_i, dx_i = vjp of block at (W_i, x_i) on dx_{i+1};  W_i <- W_i + tx(dW_i)      i = L − 1, …, 0.
 
     The result is that of the whole gradient and then `tx` on every layer by itself. It saves the gradients of all
-    layers but one; so whatever needs them together is not to be had: clipping by the global norm, and accumulation over
-    micro-batches. Jit it with `layers` and `state` donated: both are then updated in place.
+    layers but one; so whatever needs them together is not to be had: `optax.clip_by_global_norm` in `tx` clips each
+    layer by its own norm. Micro-batches are accumulated by a `tx` that keeps their sum in the subspace, with the
+    argument `accumulate` of the aliases; `optax.MultiSteps` around `tx` works, and keeps all gradients in its state.
+    Jit it with `layers` and `state` donated: both are then updated in place.
 
     Args:
       block: `(parameters of one layer, x) -> x` of the same shape and dtype.
-      tx: a complete optimizer for one layer, whose state is `jax.vmap(tx.init)(layers)`. With `low_rank` every layer
-        draws the same random sketch, since they have the same paths; their bases differ as their gradients do.
+      tx: a complete optimizer for one layer, whose state is `jax.vmap(tx.init)(layers)`. What `low_rank` derives from
+        paths and positions is then equal in all layers: random sketches (`gaussian()` has one basis for all of them;
+        that of `randomized_svd()` follows each gradient) and the phases of `every(n, stagger=True)`.
       layers: parameters, stacked on axis 0, (L, ...) a leaf.
-      state: of `tx`, stacked likewise; `diagnostics` reads one layer of it, `jax.tree.map(lambda s: s[i], state)`.
+      state: of `tx`, stacked likewise; `jax.vmap(diagnostics)` reads it, `diagnostics` one layer of it.
       x: input of the first layer, as from an embedding; its gradient is returned, to be pulled back to that.
       head_loss: `(head, x) -> ()` loss of the last layer's output.
       head: whatever else the loss is to be differentiated by; its gradients are for an ordinary transformation.
+      apply: `(layer, updates, i) -> layer`, i the index of the layer, () int32; default `optax.apply_updates`. See
+        `apply_rounded` for bfloat16.
 
     Returns:
       A `LayerwiseStep`.
@@ -73,6 +83,8 @@ def layerwise_step(
     Reference: Lv et al., arXiv:2306.09782 (LOMO); Zhao et al., arXiv:2403.03507, "per-layer weight updates". Theirs are
       hooks on each parameter; a loop over a stack of layers is ours.
     """
+    if apply is None:
+        apply = lambda layer, updates, i: optax.apply_updates(layer, updates)
     count = len(jax.tree.leaves(layers)[0])
     _check_stacked("layers", layers, count)
     _check_stacked("state", state, count)
@@ -93,7 +105,7 @@ def layerwise_step(
         _, pull = jax.vjp(block, layer, _get(inputs, i))
         grads, x_grad = pull(x_grad)
         updates, layer_state = tx.update(grads, layer_state, layer)
-        return stacks, (optax.apply_updates(layer, updates), layer_state), x_grad
+        return stacks, (apply(layer, updates, i), layer_state), x_grad
 
     # The first turn writes to the index `count`, which JAX clamps: the last layer, as it is.
     stacks = (layers, state)
@@ -101,6 +113,48 @@ def layerwise_step(
     stacks, updated, x_grad = jax.lax.fori_loop(0, count, backward, carry)
     layers, state = _set(stacks, 0, updated)
     return LayerwiseStep(loss, layers, state, head_grads, x_grad)
+
+
+def apply_rounded(params: Any, updates: Any, key: jax.Array) -> Any:
+    """Applies updates to bfloat16 parameters with stochastic rounding: W ← round(W + U), exact on average.
+
+    A bfloat16 number has 8 significant bits, so `optax.apply_updates` loses every update below W / 512. Here the sum is
+    one of float32; of its two neighbours in bfloat16 one is drawn, the nearer one with the greater probability, such
+    that the mean is the sum. Parameters of any other dtype take `optax.apply_updates`.
+
+    Args:
+      params: any tree of arrays.
+      updates: like `params`.
+      key: a new one for every step, and layer: `jax.random.fold_in(jax.random.key(seed), step)`.
+
+    Returns:
+      A tree like `params`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_lowrank as ol
+      >>> weights, updates = jnp.ones(10_000, jnp.bfloat16), jnp.full(10_000, 1e-3)
+      >>> float(optax.apply_updates(weights, updates).astype(float).mean())
+      1.0
+      >>> rounded = ol.apply_rounded(weights, updates, jax.random.key(0))
+      >>> round(float(rounded.astype(float).mean()), 3)
+      1.001
+
+    Reference: Zamirai et al., arXiv:2010.06192, "Revisiting BFloat16 Training".
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, max(len(leaves), 1))
+
+    def leaf(key, p, u):
+        if p.dtype != jnp.bfloat16:
+            return optax.apply_updates(p, u)
+        exact = p.astype(jnp.float32) + u.astype(jnp.float32)
+        bits = jax.lax.bitcast_convert_type(exact, jnp.uint32)
+        noise = jax.random.bits(key, p.shape, jnp.uint16).astype(jnp.uint32)
+        # the lower half of a float32 is what bfloat16 has not: a carry out of it is a step to the neighbour
+        drawn = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+        return jnp.where(jnp.isfinite(exact), drawn, exact).astype(jnp.bfloat16)
+
+    return treedef.unflatten(map(leaf, keys, leaves, treedef.flatten_up_to(updates)))
 
 
 def _check_stacked(name, tree, count):

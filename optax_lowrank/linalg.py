@@ -6,15 +6,13 @@ reflections. All arithmetic is float32 or wider, with products at `Precision.HIG
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-# Squared length, after a first whitening, below which a direction counts as round-off. With the ridge of
-# that whitening it keeps directions down to about 1e-6 of the norm of the matrix in float32.
-_ROUND_OFF = 1e-5
+matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 def fix_signs(P: jax.Array) -> jax.Array:
@@ -39,19 +37,46 @@ def fix_signs(P: jax.Array) -> jax.Array:
     return jnp.where(top < 0, -P, P)
 
 
-def orthonormalize(Y: jax.Array) -> jax.Array:
-    """Orthonormal basis of the columns of `Y` by CholeskyQR2; zero columns where `Y` has lost rank.
+def is_orthonormal(P: jax.Array, tol: float = 1e-3) -> jax.Array:
+    """Whether `P` is a basis: finite, its columns orthonormal to `tol` or exactly zero.
 
-    C = YᵀY + ridge = L Lᵀ, Y ← Y L⁻ᵀ, twice. The relative ridge lets the first factorization pass for
-    any `Y`; if the second Gram matrix is then far from the identity, `Y` is nearly rank deficient and
-    an eigendecomposition of that r × r matrix separates directions from round-off.
+    |PᵀP − D| ≤ tol in every entry, D diagonal, 0 for the columns that are exactly zero and 1 for the others.
+
+    Args:
+      P: (m, r) matrix.
+      tol: largest deviation of an entry of PᵀP.
+
+    Returns:
+      () bool.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_lowrank import linalg
+      >>> P = jnp.array([[1.0, 0.0], [0.0, 0.0]])
+      >>> [linalg.is_orthonormal(x).item() for x in (P, P + 0.1, P * jnp.nan)]
+      [True, False, False]
+    """
+    D = jnp.diag(jnp.any(P != 0, axis=0).astype(P.dtype))
+    return jnp.all(jnp.abs(matmul(P.T, P) - D) <= tol)  # a comparison with NaN is false
+
+
+def orthonormalize(Y: jax.Array, *, of_longest: bool = False) -> jax.Array:
+    """Orthonormal basis of the columns of `Y`; exactly zero columns where `Y` has lost rank. For every finite `Y`.
+
+    CholeskyQR, repeated until it has converged: YᵀY = L Lᵀ, Y ← Y L⁻ᵀ. Where that Gram matrix is too ill-conditioned
+    to factorize, a pivoted elimination chooses columns that are far from dependent; these are orthonormalized, the
+    others lose their part along them and try again.
+
+    A column is lost when what the columns before it leave of it is round-off: shorter than 16 eps √r of its own length.
+    So its scale alone never loses it, be the lengths 1e-30 and 1e30 side by side; only a column without an entry above
+    the smallest normal number counts as zero.
 
     Args:
       Y: (m, r) matrix, m ≥ r, float32 or float64.
+      of_longest: measure round-off by the longest column instead, as befits a product with a gradient.
 
     Returns:
-      (m, r) matrix Q. QᵀQ is the identity, but for zeros in place of directions that `Y` does not have
-      (shorter than about 1e-6 of its norm).
+      (m, r) matrix Q. QᵀQ is the identity, but for zeros in place of directions that `Y` does not have.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,42 +84,158 @@ def orthonormalize(Y: jax.Array) -> jax.Array:
       >>> Q = linalg.orthonormalize(jnp.array([[3.0, 1.0], [4.0, 2.0], [0.0, 2.0]]))
       >>> jnp.allclose(Q.T @ Q, jnp.eye(2), atol=1e-6).item()
       True
+      >>> linalg.orthonormalize(jnp.ones((4, 2))).tolist()
+      [[0.5, 0.0], [0.5, 0.0], [0.5, 0.0], [0.5, 0.0]]
 
-    Reference: Fukaya et al., arXiv:1809.11085 (shifted CholeskyQR); ours replaces the triangular solve
-      by a product with the explicit inverse, which a sharded `Y` needs no communication for.
+    Reference: Fukaya et al., arXiv:1809.11085. Instead of its shift, for which no size is right for all `Y`, we choose
+      columns, and instead of a triangular solve we multiply with the inverse, which a sharded `Y` needs no
+      communication for.
     """
-    C = matmul(Y.T, Y)
-    # twice the round-off of C, so that the factorization passes; any positive ridge does for Y = 0
-    ridge = jnp.where(jnp.trace(C) > 0, 2.0 * jnp.finfo(C.dtype).eps * jnp.trace(C), 1.0)
-    Y = matmul(Y, _whitener(C + ridge * jnp.eye(C.shape[0], dtype=C.dtype)))
-    C = matmul(Y.T, Y)
-    W = _whitener(C)
-    # 1 / W_ii are the pivots of C: all near 1 where the first pass has succeeded, NaN on failure
-    well_conditioned = jnp.all(jnp.diagonal(W) < 2.0)
-    return jax.lax.cond(well_conditioned, matmul, lambda Y, W: _drop_round_off(Y, C), Y, W)
+    Y, length = _unit_columns(Y)
+    return _orthonormalize(Y, length if of_longest else jnp.ones_like(length))
+
+
+def _unit_columns(Y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`Y` with columns of length 1 or 0, and their lengths as a share of the longest."""
+    top = jnp.max(jnp.abs(Y), axis=0)
+    there = top >= jnp.finfo(Y.dtype).tiny  # what is smaller may be flushed to zero: 0 / 0
+    Y = jnp.where(there, Y / jnp.where(there, top, 1)[None, :], 0)
+    length = jnp.sqrt(jnp.sum(jnp.square(Y), axis=0))
+    Y = Y / jnp.where(there, length, 1)[None, :]
+    share = length * (top / jnp.where(jnp.any(there), jnp.max(top), 1))
+    return Y, share / jnp.maximum(jnp.max(share), 1)
+
+
+class _Sweep(NamedTuple):
+    Y: jax.Array  # (m, r), columns of length 1 at most
+    left: jax.Array  # (r,), what is left of a column, in units of the length of its remainder in Y
+    accepted: jax.Array  # (r,) bool, columns that are orthonormal, if not to the last digit
+    chosen: jax.Array  # (r,) bool, columns to be orthonormal after the next sweep
+    failures: jax.Array  # () int32, Gram matrices that could not be factorized
+    sweeps: jax.Array  # () int32
+    done: jax.Array  # () bool, all of Y is orthonormal to the last digit
+
+
+_MOST_SWEEPS = 64  # 2 do for most matrices, about 10 where the spectrum falls off gradually
+
+
+def _orthonormalize(Y: jax.Array, left: jax.Array) -> jax.Array:
+    """`orthonormalize` of unit columns that stand for columns of length `left`, lost below 16 eps √r."""
+    r, eps = Y.shape[1], jnp.finfo(Y.dtype).eps
+    round_off = 16 * eps * r**0.5
+    smallest = 128 * eps  # square of a pivot: an error of eps in the Gram matrix is 1 % of it
+    identity = jnp.eye(r, dtype=Y.dtype)
+
+    def sweep(state):
+        C = matmul(state.Y.T, state.Y)
+        length = jnp.sqrt(jnp.diagonal(C))
+        left = state.left * length
+        lost = ~(left > round_off)
+        normalize = jnp.where(lost, 0, 1 / jnp.where(lost, 1, length))
+        C = normalize[:, None] * C * normalize[None, :] + jnp.diag(lost.astype(C.dtype))
+        # a remainder near round-off still overlaps the accepted columns, and must not take their place
+        overlap = jnp.sum(jnp.where(state.accepted[:, None], jnp.square(C), 0), axis=0)
+        free = state.accepted | lost | (overlap < eps)
+        chosen = state.chosen & free | lost
+        W = _whitener(jnp.where(_outer(chosen), C, identity))
+        pivots = 1 / jnp.diagonal(W)
+        factorized = jnp.all(jnp.square(pivots) > smallest)  # false where they are NaN
+        # lost before the others lose what they have along it
+        lost = factorized & (left * pivots <= round_off) & ~lost
+
+        def project():
+            V = jnp.where(chosen[None, :], W, 0)
+            return jnp.where(chosen[None, :], W, identity - matmul(V, matmul(V.T, C)))
+
+        def apply():
+            transform = lax.cond(jnp.all(chosen), lambda: W, project)
+            return state._replace(
+                Y=matmul(state.Y, normalize[:, None] * transform),
+                left=left * pivots,  # the pivot is 1 where the column is not chosen
+                accepted=chosen,
+                chosen=jnp.ones_like(chosen),
+                # condition below 3: the product is orthonormal to the last digit
+                done=jnp.all(chosen) & (jnp.sum(jnp.square(C - identity)) < 0.25),
+            )
+
+        def choose():
+            # stricter after each failure, and always met by a column that is left alone
+            threshold = jnp.minimum(64 * smallest * 2.0 ** state.failures.astype(C.dtype), 0.25)
+            return state._replace(
+                left=jnp.where(lost, 0, state.left),
+                chosen=_independent(jnp.where(_outer(free), C, 0), threshold),
+                failures=state.failures + jnp.where(factorized, 0, 1),
+            )
+
+        state = state._replace(sweeps=state.sweeps + 1)
+        return lax.cond(factorized & ~jnp.any(lost), apply, choose)
+
+    none, zero = jnp.zeros(r, bool), jnp.zeros((), jnp.int32)
+    start = _Sweep(Y, left, none, ~none, zero, zero, zero > 0)
+    end = lax.while_loop(lambda state: ~state.done & (state.sweeps < _MOST_SWEEPS), sweep, start)
+    return jnp.where(end.done, end.Y, 0)
+
+
+def _outer(mask):
+    return mask[:, None] & mask[None, :]
 
 
 def _whitener(C: jax.Array) -> jax.Array:
-    """Upper triangular W with WᵀCW = I, for positive definite C."""
+    """Upper triangular W with WᵀCW = I, for positive definite C; NaN otherwise."""
     identity = jnp.eye(C.shape[0], dtype=C.dtype)
-    L = jnp.linalg.cholesky(C)
-    return jax.lax.linalg.triangular_solve(L, identity, left_side=True, lower=True).T
+    L = lax.linalg.cholesky(C, symmetrize_input=False)
+    return lax.linalg.triangular_solve(L, identity, left_side=True, lower=True).T
 
 
-def _drop_round_off(Y: jax.Array, C: jax.Array) -> jax.Array:
-    lengths, V = jnp.linalg.eigh(C)
-    keep = lengths > _ROUND_OFF * lengths[-1]
-    Y = matmul(Y, V * jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, lengths, 1.0)), 0.0)[None, :])
-    # eigenvectors of a float32 Gram matrix are orthogonal only to 1e-7 / 1e-5: one more pass
-    return matmul(
-        Y, _whitener(matmul(Y.T, Y) + jnp.diag(jnp.where(keep, 0.0, 1.0).astype(C.dtype)))
-    )
+def _independent(C: jax.Array, threshold: jax.Array) -> jax.Array:
+    """Columns that a Cholesky factorization of C, its pivots chosen by size, meets before one below `threshold`."""
+
+    def pivots(state):
+        S, chosen = state
+        return jnp.where(chosen, 0, jnp.diagonal(S))
+
+    def eliminate(state):
+        (S, chosen), pivot = state, pivots(state)
+        j = jnp.argmax(pivot)
+        return S - S[:, j, None] * (S[None, j] / pivot[j]), chosen.at[j].set(True)
+
+    start = C, jnp.zeros(C.shape[0], bool)
+    return lax.while_loop(lambda state: jnp.any(pivots(state) > threshold), eliminate, start)[1]
+
+
+def eigh(C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric `C`, in the form that compiles fast on each platform.
+
+    On TPU Jacobi rotations: XLA's default there is a divide and conquer that takes minutes to compile at r = 512.
+
+    Args:
+      C: (r, r) symmetric, float32 or float64.
+
+    Returns:
+      (r,) eigenvalues and (r, r) eigenvectors in columns.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_lowrank import linalg
+      >>> linalg.eigh(jnp.diag(jnp.array([2.0, 1.0])))[0].tolist()
+      [1.0, 2.0]
+    """
+
+    def by(implementation):
+        def call(C):
+            V, values = lax.linalg.eigh(C, implementation=implementation)
+            return values, V
+
+        return call
+
+    return lax.platform_dependent(C, tpu=by(lax.linalg.EighImplementation.JACOBI), default=by(None))
 
 
 def left_singular_vectors(Y: jax.Array) -> jax.Array:
     """Left singular vectors of a tall `Y`, strongest first, from an eigendecomposition of r × r.
 
-    Q = orthonormalize(Y), T = QᵀY, T Tᵀ = U Σ² Uᵀ, result Q U.
+    Q = orthonormal basis of Y, T = QᵀY, T Tᵀ = U Σ² Uᵀ, result Q U. Unlike in `orthonormalize`, what is shorter than
+    16 eps √r of the *longest* column is lost: `Y` is a product with a gradient, whose round-off is of that size.
 
     Args:
       Y: (m, r) matrix, m ≥ r, float32 or float64.
@@ -108,14 +249,34 @@ def left_singular_vectors(Y: jax.Array) -> jax.Array:
       >>> linalg.left_singular_vectors(jnp.array([[0.0, 1.0], [3.0, 0.0], [0.0, 0.0]])).tolist()
       [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
     """
-    Q = orthonormalize(Y)
-    T = matmul(Q.T, Y)
+    return rotate_to_singular_vectors(orthonormalize(Y, of_longest=True), Y)
+
+
+def rotate_to_singular_vectors(Q: jax.Array, Y: jax.Array) -> jax.Array:
+    """The second half of `left_singular_vectors`: T = QᵀY, T Tᵀ = U Σ² Uᵀ, result Q U.
+
+    Args:
+      Q: (m, r) orthonormal basis of the columns of `Y`, zero columns where it has lost rank.
+      Y: (m, r) matrix.
+
+    Returns:
+      (m, r) orthonormal columns, zero columns last; signs fixed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_lowrank import linalg
+      >>> linalg.rotate_to_singular_vectors(jnp.eye(2), jnp.diag(jnp.array([1.0, 2.0]))).tolist()
+      [[0.0, 1.0], [1.0, 0.0]]
+    """
+    Y, length = _unit_columns(Y)
+    T = matmul(Q.T, Y) * length[None, :]
     C = matmul(T, T.T)
     # lost directions go below every eigenvalue, so that no eigenvector mixes them with kept ones
-    lost = jnp.sum(jnp.square(Q), axis=0) < 0.5
+    lost = ~jnp.any(Q != 0, axis=0)
     C = C - jnp.diag(jnp.where(lost, 1.0 + jnp.trace(C), 0.0))
-    _, U = jnp.linalg.eigh(C)
-    return fix_signs(matmul(Q, U[:, ::-1]))
+    _, U = eigh(C)
+    kept = jnp.arange(Y.shape[1]) < jnp.sum(~lost)
+    return fix_signs(jnp.where(kept[None, :], matmul(Q, U[:, ::-1]), 0))
 
 
 def subspace_step(G: jax.Array, P: jax.Array) -> jax.Array:
@@ -141,7 +302,7 @@ def subspace_step(G: jax.Array, P: jax.Array) -> jax.Array:
     Reference: Halko, Martinsson, Tropp, arXiv:0909.4061, Algorithm 4.4; the last half step doubles as
       their projection B = QᵀG, which saves one product with `G`.
     """
-    return left_singular_vectors(matmul(G, orthonormalize(matmul(G.T, P))))
+    return left_singular_vectors(matmul(G, orthonormalize(matmul(G.T, P), of_longest=True)))
 
 
 def push_through_weights(gram: jax.Array, e: jax.Array, damping: jax.Array) -> jax.Array:
@@ -169,3 +330,63 @@ def push_through_weights(gram: jax.Array, e: jax.Array, damping: jax.Array) -> j
     identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     damped = gram + damping[..., None, None] * identity
     return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), e[..., None])[..., 0]
+
+
+def dct_columns(m: int, index: jax.Array, dtype) -> jax.Array:
+    """Columns of the orthonormal m × m DCT: C_ik = √(2/m) cos(π (2i + 1) k / 2m), and √(1/m) for k = 0.
+
+    Args:
+      m: size.
+      index: (r,) int32, which columns.
+      dtype: of the result.
+
+    Returns:
+      (m, r) orthonormal columns.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_lowrank import linalg
+      >>> C = linalg.dct_columns(8, jnp.arange(8), jnp.float32)
+      >>> jnp.allclose(C.T @ C, jnp.eye(8), atol=1e-6).item()
+      True
+    """
+    row, k, period = 2 * jnp.arange(m, dtype=jnp.int32)[:, None] + 1, index[None, :], 4 * m
+    # (2i + 1) k mod 4m, in two steps, as the product may overflow; a cosine of it unreduced would lose its digits
+    low, high = k % 256, k // 256
+    angle = ((row * high % period) * 256 % period + row * low % period) % period
+    length = jnp.where(k == 0, (1 / m) ** 0.5, (2 / m) ** 0.5).astype(dtype)
+    return length * jnp.cos(angle.astype(dtype) * jnp.asarray(jnp.pi / (2 * m), dtype))
+
+
+def newton_schulz(X: jax.Array, steps: int = 5) -> jax.Array:
+    """An approximate polar factor U Vᵀ of X = U Σ Vᵀ, by matrix products on the shorter side.
+
+    X ← X / ‖X‖, then `steps` times X ← a X + (b X Xᵀ + c (X Xᵀ)²) X with Muon's (a, b, c), steep at zero: five steps
+    take singular values above 1e-3 ‖X‖ into about [0.7, 1.2], not to 1.
+
+    Args:
+      X: (m, n) matrix, any float dtype; products are in that dtype and precision.
+      steps: iterations.
+
+    Returns:
+      (m, n) matrix; zeros where X is zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_lowrank import linalg
+      >>> O = linalg.newton_schulz(jnp.diag(jnp.array([5.0, 1.0, -2.0])))
+      >>> jnp.allclose(jnp.abs(jnp.diag(O)), 1, atol=0.35).item(), O[2, 2].item() < 0
+      (True, True)
+
+    Reference: Jordan et al., Muon, 2024, whose coefficients these are.
+    """
+    a, b, c = (jnp.asarray(x, X.dtype) for x in (3.4445, -4.7750, 2.0315))
+    tall = X.shape[0] > X.shape[1]
+    X = X.T if tall else X
+    X = X / (
+        jnp.sqrt(jnp.sum(jnp.square(X.astype(jnp.promote_types(X.dtype, jnp.float32))))) + 1e-8
+    ).astype(X.dtype)
+    for _ in range(steps):
+        A = X @ X.T
+        X = a * X + (b * A + c * (A @ A)) @ X
+    return X.T if tall else X

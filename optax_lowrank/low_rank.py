@@ -1,268 +1,385 @@
-"""The core: low-rank projection as a frame with slots for ordinary Optax transformations.
+"""The core: a step of a low-rank method is a step A of the coordinates and a weight for each column of the gradient.
 
-    update = unfold(scale · P inner(PᵀG) + residual(G − P PᵀG))
+    U = unfold(α P A + G diag(c))
 
-| letter | meaning                                                              | shape     |
-|--------|----------------------------------------------------------------------|-----------|
-| `G`    | gradient of one leaf, folded to matrices, projected side first       | (b, m, n) |
-| `P`    | basis: orthonormal columns, or zero columns beyond the active rank   | (b, m, r) |
-| `R`    | coordinates PᵀG                                                      | (b, r, n) |
-| `N`    | step in the subspace: what `inner` returns for `R`                   | (b, r, n) |
-| `E`    | residual G − P R                                                     | (b, m, n) |
-| `Q`    | rotation P_newᵀ P_old; exactly the identity where nothing was refit  | (b, r, r) |
+| letter | meaning, for ONE matrix                                                        | shape   |
+|--------|--------------------------------------------------------------------------------|---------|
+| `G`    | gradient, projected side first                                                 | (m, n)  |
+| `P`    | basis: orthonormal columns, or zero columns beyond the active rank             | (m, r)  |
+| `R`    | coordinates PᵀG                                                                | (r, n)  |
+| `A`    | step of the coordinates: what the rule makes of R                              | (r, n)  |
+| `c`    | weight of each column of G                                                     | (n,)    |
+| `Q`    | rotation P_newᵀ P_old at a refit                                               | (r, r)  |
 
-`b` is the product of the batch axes: 1 for a plain kernel; layers, experts or heads otherwise.
+Two-sided (`side="both"`), a second basis K (n, r) of the other side is fitted to R; coordinates are Pᵀ G K, the lift
+is P A Kᵀ.
 
-What the parts need beyond their gradient reaches them through Optax's extra arguments, as dicts with the keys of the
-gradient dict that the part gets, which are `<path of the leaf>/R`:
-
-| name               | given to   | value for one leaf                                                   |
-|--------------------|------------|----------------------------------------------------------------------|
-| `rotation`         | `inner`    | `Q`                                                                  |
-| `refreshed`        | `inner`    | () bool: was a basis of this leaf refit on this step?                |
-| `column_rotation`  | `inner`    | in a nested `low_rank`: the outer `Q`, which acts on the columns     |
-| `column_refreshed` | `inner`    | in a nested `low_rank`: the outer `refreshed`                        |
-| `coords`           | `residual` | `R`                                                                  |
-| `steps`            | `residual` | `N`                                                                  |
+A leaf is a stack of b such matrices. Leaves meet at a refit only, where those of one shape share a program; then they
+are updated one after the other, so that what a step needs in between is one leaf's.
 """
 
-import contextvars
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_lowrank.bases import BasisStore, InDtype
-from optax_lowrank.fits import Fit, randomized_svd
+from optax_lowrank.bases import Basis, BasisStore, Fitted, InDtype
+from optax_lowrank.classify import Rank, axes_by_path, check_rank, ranks_by_path
+from optax_lowrank.fits import Fit, check_fit, randomized_svd
+from optax_lowrank.refit import Leaf, Matrix, Plan, Refit, TwoSided, read_bases, refit
 from optax_lowrank.refresh import (
     Policy,
     Statistics,
+    as_policy,
     every,
     initial_statistics,
     next_statistics,
     positions,
-    refit,
 )
-from optax_lowrank.views import MatrixView, axes_by_path, flatten_by_path, owner
+from optax_lowrank.rules import Asked, Rule, as_rule, repeated, unturned, wide
+from optax_lowrank.views import MatrixView, flatten_by_path
+from optax_lowrank.walls import after, vary_alike, when
 
-# Ranks by path in place of the configured one, set by `resize`. Only `init` looks: `update` goes by the state's shapes.
-other_ranks: contextvars.ContextVar[Mapping[str, int]] = contextvars.ContextVar("other_ranks")
+Side = Literal["short", "long", "both"]
+
+
+class Geometry(NamedTuple):
+    """What happens to one matrix in full space: how it is parametrized, or how its step is measured.
+
+    Args:
+      init: `(W, axis) -> state`, for the `jax.ShapeDtypeStruct` of weights (m, n); `axis` is the one that the layer
+        sums over.
+      tangent: `(G, W, axis) -> (gradient, kept)`: what is projected and fitted in place of G, and what `retract` gets
+        of it.
+      retract: `(U, W, kept, state, *, axis, count, **extra) -> (update, state)`: from the lifted step (m, n) in the
+        gradient's dtype to the update.
+      reads_weights: whether `tangent` and `retract` want W.
+    """
+
+    init: Callable[..., Any]
+    tangent: Callable[..., Any] | None
+    retract: Callable[..., Any]
+    reads_weights: bool
 
 
 class LowRankState(NamedTuple):
-    """State of `low_rank`: dicts by path, so that no wrapper mistakes a (b, m, r) array for a parameter's copy."""
+    """State of `low_rank`."""
 
     count: jax.Array  # () int32, updates so far
-    basis: Any  # (b, m, r), as `basis_store` encodes it; changes on refresh
     stats: Statistics  # one entry a matrix, changes on every step
-    inner: optax.OptState  # whatever `inner` keeps for R
-    residual: optax.OptState  # whatever `residual` keeps for E
+    leaves: Any  # dict of `Leaf` by path
 
 
 def low_rank(
-    inner: optax.GradientTransformation,
+    rule: Rule | optax.GradientTransformation,
     *,
-    rank: int,
-    fit: Fit = randomized_svd(),  # noqa: B008
+    rank: Rank,
+    fit: Fit | Basis | None = None,
     refresh: Policy = every(200),  # noqa: B008
-    residual: optax.GradientTransformation = optax.set_to_zero(),  # noqa: B008
     axes: Any = None,
-    side: Literal["short", "long"] = "short",
+    side: Side = "short",
     scale: jax.typing.ArrayLike = 1.0,
     seed: int = 0,
     basis_store: BasisStore = InDtype(),  # noqa: B008
+    geometry: Geometry | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs `inner` on the coordinates of the gradient in a low-rank basis, and `residual` on what is left.
+    """Runs a rule, or any Optax transformation, on the coordinates of each matrix's gradient in a low-rank basis.
 
-    Where `refresh` says so, P ← fit(key, G, P). Then R = PᵀG, N = inner(R), S = residual(G − P R) and
+    Where `refresh` says so, P ← fit(key, G, P). Then R = PᵀG, (A, c) = rule(R, ‖G_j‖²), and
 
-        update = unfold(scale · P N + S).
+        update = unfold(scale · P A + G diag(c)).
 
     Every leaf needs a matrix view: use `assemble`, `optax.partition` or `optax.masked` where there are biases. A
-    gradient that is zero or not finite never enters a basis: the old one stays, and the refit is tried again on the
-    next good gradient. A matrix with an entry that is not finite is skipped: zero update, its state as before.
-
-    `low_rank(low_rank(inner, rank=r, side="long"), rank=r)` projects both sides: moments are r × r.
+    basis is only ever replaced by an orthonormal one: where a gradient is zero or not finite, the old one stays, and
+    the refit is tried again on the next gradient. A matrix whose gradient or step is not finite (or overflows in a
+    square) is skipped: zero update, its state as before. What happens to a leaf depends neither on its name nor on
+    other leaves, but for random sketches, which differ by path, and staggered refreshes.
 
     Args:
-      inner: transformation of the coordinates, (b, r, n) a leaf, float32 or wider. As `params` it gets their
-        `jax.ShapeDtypeStruct`s, as extra arguments what the table at the top of this module lists.
-      rank: columns of the basis, clipped to min(m, n) of each leaf.
-      fit: how a basis is chosen: `svd`, `randomized_svd`, `subspace_iteration`, `gaussian`, `adaptive_rank`.
+      rule: a `Rule`, or a transformation, which sees the (r, n) coordinates of one matrix, float32 or wider, and as
+        `params` only their shape. Optax's extra arguments are passed on.
+      rank: columns of the basis, an int; a share of the projected side in (0, 1), rounded to a multiple of 8; or a dict
+        {regex: int or share} by path, 128 where nothing matches. Clipped to min(m, n) of each leaf.
+      fit: how a basis is chosen: `randomized_svd()` (default), `svd()`, `subspace_iteration()`, `gaussian()`,
+        `adaptive_rank(...)`; or `seeded()`, `dct()`, which store next to nothing.
       refresh: when: `every`, `on_convergence`, `on_staleness`, or any `(count, stats) -> due`.
-      residual: transformation of G − P R, (b, m, n) a leaf; the default drops it, at no cost.
       axes: overrides of `matrix_axes`: which axes of which leaves make the matrix.
       side: "short" projects the shorter side, as the GaLore paper does; "long" the longer one, which makes the smaller
-        state. A square matrix is projected on its reduction side.
-      scale: multiplies the subspace step, not the residual.
+        state; "both" both, with moments of r × r. A square matrix is projected on its reduction side.
+      scale: α, multiplies the step of the coordinates only.
       seed: of the random sketches, which differ between matrices and between refits.
-      basis_store: how bases are stored: `InDtype(jnp.bfloat16)` halves them (orthonormal to 1e-2 then), `InCodes(8)`
-        and `InCodes(4)` keep codes. They are fitted and used in the dtype of the coordinates, which is the default.
+      basis_store: how fitted bases are stored: `InDtype(jnp.bfloat16)` halves them (orthonormal to 1e-2 then),
+        `InCodes(8)` and `InCodes(4)` keep codes. They are fitted in float32 or wider, which is the default.
+      geometry: what else happens to a matrix in full space, see `Geometry`.
 
     Returns:
-      A transformation. Updates have the gradient's shape and dtype; arithmetic is float32 or wider.
+      A transformation. Updates have the gradient's shape and dtype. Arithmetic is float32 or wider; of bfloat16
+      gradients the products with P take bfloat16 operands and accumulate in float32.
 
     Raises:
-      TypeError, ValueError: `rank` or `side` is wrong (here); a leaf has no matrix view or is not real (`init`);
-        `inner` computes with `params`.
+      TypeError, ValueError: `rank`, `side`, `fit`, `refresh` or `rule` is wrong (here); a leaf has no matrix view or
+        is not real (`init`); the gradients are not those `init` was called for; `params` are missing.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_lowrank as ol
       >>> state = ol.low_rank(optax.scale_by_adam(), rank=2).init({"kernel": jnp.ones((6, 8))})
-      >>> state.basis["kernel"].shape, state.inner.mu["kernel/R"].shape
+      >>> leaf = state.leaves["kernel"]
+      >>> leaf.basis.shape, leaf.rule.mu.shape
       ((1, 6, 2), (1, 2, 8))
 
-    Reference: Zhao et al., arXiv:2403.03507, Definition 3.6. The slots, the residual and the nesting are ours.
+    Reference: Zhao et al., arXiv:2403.03507, Definition 3.6. The weights c, which hold Fira and APOLLO as well, are
+      ours.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise TypeError(
-            f"`rank` must be an int, got {rank!r}. Keep it static under `optax.inject_hyperparams`."
-        )
-    if rank < 1:
-        raise ValueError(f"`rank` must be positive, got {rank}.")
-    if side not in ("short", "long"):
-        raise ValueError(f'`side` must be "short" or "long", got {side!r}.')
-    inner, residual = optax.with_extra_args_support(inner), optax.with_extra_args_support(residual)
+    check_rank(rank)
+    if side not in get_args(Side):
+        raise ValueError(f'`side` must be "short", "long" or "both", got {side!r}.')
+    rule, fit = as_rule(rule), randomized_svd() if fit is None else check_fit(fit)
+    plan = Plan(
+        basis=fit if hasattr(fit, "implicit") else Fitted(fit, basis_store),
+        two_sided=side == "both",
+        turns=rule.turn is not unturned,
+        seed=seed,
+        recall=rule.recall,
+        tangent=None if geometry is None else geometry.tangent,
+    )
+    core = _Core(rule, rank, plan, as_policy(refresh), axes, side, scale, geometry)
+    return optax.GradientTransformationExtraArgs(core.init, core.update)
 
-    def views_of(tree) -> tuple[dict[str, MatrixView], dict[str, Any], Any]:
-        leaves, treedef = flatten_by_path(tree)
-        found = axes_by_path(tree, axes, strict=False)
-        return (
-            {path: _view(path, leaf, found[path], side) for path, leaf in leaves.items()},
-            leaves,
-            treedef,
-        )
 
-    def init(params):
-        views, leaves, _ = views_of(params)
+class _Projected(NamedTuple):
+    """One matrix in its subspace."""
+
+    R: jax.Array  # (r, n)
+    P: jax.Array  # (m, r), as the products take it
+    K: jax.Array | None
+    columns: jax.Array  # (n,) float32, ‖G_j‖²
+    kept: Any  # of the geometry
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Core:
+    """`low_rank` from the whole tree down to one matrix."""
+
+    rule: Rule
+    rank: Rank
+    plan: Plan
+    refresh: Policy
+    axes: Any
+    side: Side
+    scale: jax.typing.ArrayLike
+    geometry: Geometry | None
+
+    # ------------------------------------------------------------------------------------------------------ the tree
+
+    def init(self, params):
+        views, leaves, _ = self.views_of(params)
         count = jnp.zeros([], jnp.int32)
         if not views:
             # no leaves: a partition without matrices, or `optax.tree_map_params`, which asks where copies of the
             # parameters are; scalars answer that there are none
-            return LowRankState(count, *(jnp.zeros([]) for _ in range(4)))
-        dtype = {path: jnp.promote_types(leaf.dtype, jnp.float32) for path, leaf in leaves.items()}
-        others = other_ranks.get({})
-        ranks = {path: min(others.get(path, rank), view.m, view.n) for path, view in views.items()}
-        coords = {
-            p: jax.ShapeDtypeStruct((v.batch, ranks[p], v.n), dtype[p]) for p, v in views.items()
-        }
-        rest = {p: jax.ShapeDtypeStruct((v.batch, v.m, v.n), dtype[p]) for p, v in views.items()}
+            return LowRankState(count, jnp.zeros([]), jnp.zeros([]))
+        ranks = ranks_by_path(views, self.rank, strict=False)
+
+        def start(path, leaf):
+            # `resize` asks for other ranks by shapes that know one
+            rank = getattr(leaf, "rank", None) or ranks[path]
+            rank = min(rank, views[path].m, views[path].n)
+            return self.start(views[path], rank, wide(leaf), getattr(leaf, "coded", None))
+
         return LowRankState(
-            count=count,
-            basis={
-                p: basis_store.encode(jnp.zeros((v.batch, v.m, ranks[p]), dtype[p]))
-                for p, v in views.items()
-            },
-            stats=initial_statistics(sum(view.batch for view in views.values())),
-            inner=_no_params(inner.init, _keyed(coords)),
-            residual=residual.init(_keyed(rest)),
+            count,
+            initial_statistics(sum(view.batch for view in views.values())),
+            {path: start(path, leaf) for path, leaf in leaves.items()},
         )
 
-    def update(updates, state, params=None, **extra):
-        del params
-        step_here = _with_automatic_sharding(step, updates, state)
-        return step_here(updates, state, extra)
+    def update(self, updates, state, params=None, **extra):
+        if not self.reads_weights:
+            params = None
+        elif params is None:
+            raise ValueError(
+                "this optimizer needs the weights: call `tx.update(grads, state, params)`."
+            )
+        step = functools.partial(self.step, **extra)
+        return _with_automatic_sharding(step, updates, state, params)(updates, state, params)
 
-    def step(updates, state, extra):
-        views, leaves, treedef = views_of(updates)
+    def step(self, updates, state, params, **extra):
+        views, grads, treedef = self.views_of(updates)
         if not views:
             return updates, state._replace(count=optax.safe_increment(state.count))
         _check_same_leaves(views, state)
-        extra, outer_refreshed = _as_columns(extra)
-
-        pending = state.stats.pending | refresh(state.count, state.stats)
-        key = jax.random.fold_in(jax.random.key(seed), state.count)
-        basis, Q, fitted, total = refit(fit, basis_store, key, leaves, views, state.basis, pending)
-        P = {p: basis_store.decode(x, views[p].m, Q[p].dtype) for p, x in basis.items()}
+        grads, state, params = vary_alike(grads, state, params)
         places = positions({path: view.batch for path, view in views.items()})
-        refreshed = {path: jnp.any(fitted[place]) for path, place in places.items()}
+        matrices = self.matrices(views, grads, state, params, places)
+        # `optax.contrib.sam` interpolates states, which makes ints of bools
+        pending = state.stats.pending.astype(bool) | self.refresh(state.count, state.stats)
+        new = refit(self.plan, state.count, matrices, pending, places)
 
-        G = {path: view.fold(leaves[path]).astype(P[path].dtype) for path, view in views.items()}
-        R = {path: jnp.matmul(P[path].mT, G[path]) for path in views}
+        told = {**extra, "count": state.count}
+        out, leaves, numbers, before = {}, {}, {}, None
+        for path, matrix in matrices.items():
+            matrix = self.refreshed(matrix, new, path, places[path], state.count)
+            out[path], leaves[path], numbers[path] = before, *_ = self.update_leaf(
+                matrix, before, told
+            )
+        energy, total, finite = map(
+            jnp.concatenate, zip(*(numbers[p] for p in places), strict=True)
+        )
+        if not getattr(self.refresh, "watches_captured", False):
+            total = new.energy
+        stats = next_statistics(
+            state.stats, state.count, pending, new.fitted, finite, energy, total
+        )
+        count = optax.safe_increment(state.count)
+        return treedef.unflatten(out.values()), LowRankState(count, stats, leaves)
+
+    @property
+    def reads_weights(self):
+        return self.geometry is not None and self.geometry.reads_weights
+
+    def views_of(self, tree):
+        leaves, treedef = flatten_by_path(tree)
+        found = axes_by_path(tree, self.axes, strict=False)
+        views = {path: _view(path, leaf, found[path], self.side) for path, leaf in leaves.items()}
+        return views, leaves, treedef
+
+    def matrices(self, views, grads, state, params, places) -> dict[str, Matrix]:
+        """What the update knows of each leaf before the refresh."""
+        weights = {} if params is None else flatten_by_path(params)[0]
+        ranks = ranks_by_path(views, self.rank, strict=False)
+
+        def matrix(path, view):
+            leaf = state.leaves[path]
+            rank = self.plan.basis.rank(leaf.basis.P if self.plan.two_sided else leaf.basis)
+            rank = ranks[path] if rank is None else rank  # what `resize` has made of it
+            last_fit = state.stats.last_fit[places[path]]
+            return Matrix(path, view, rank, grads[path], weights.get(path), leaf, last_fit, None)
+
+        return {path: matrix(path, view) for path, view in views.items()}
+
+    # ------------------------------------------------------------------------------------------- one leaf, a stack
+
+    def start(self, view, r, dtype, coded=None) -> Leaf:
+        """The state of one leaf before the first step; `coded` of `Asked`."""
+        stack = lambda make: repeated(lambda _: make(), (), dtype, (view.batch,))
+        basis = stack(lambda: self.plan.basis.init(view.m, r, dtype))
+        if self.plan.two_sided:
+            basis = TwoSided(basis, stack(lambda: self.plan.basis.init(view.n, r, dtype)))
+
+        def begin(R):
+            return self.rule.init(R if coded is None else Asked(R.shape, R.dtype, r, coded))
+
+        state = repeated(begin, (r, r if self.plan.two_sided else view.n), dtype, (view.batch,))
+        if self.geometry is None:
+            return Leaf(basis, state)
+        W = jax.ShapeDtypeStruct((view.m, view.n), dtype)
+        outer = stack(lambda: self.geometry.init(W, view.sum_axis))
+        return Leaf(basis, state, outer)
+
+    def refreshed(self, matrix: Matrix, new: Refit, path, place, count) -> Matrix:
+        """A leaf with the bases of this step, its rule's state in their coordinates."""
+        fitted, turn = new.fitted[place], new.turn[path]
+
+        def turned(state, turn, fitted):
+            keep = lambda new, old: jnp.where(fitted, new, old)
+            return jax.tree.map(keep, self.rule.turn(state, turn), state)
+
+        state = matrix.leaf.rule
+        if self.plan.turns:
+            state = when(
+                jnp.any(fitted), lambda state: jax.vmap(turned)(state, turn, fitted), state
+            )
+        return matrix._replace(
+            leaf=matrix.leaf._replace(basis=new.stored[path], rule=state),
+            last_fit=jnp.where(fitted, count, matrix.last_fit),
+            fitted=fitted,
+        )
+
+    def update_leaf(self, x: Matrix, before, told):
+        """The update of one leaf, which does not begin before the array `before` is there, and its new state."""
+        fold = lambda leaf: None if leaf is None else x.view.fold(leaf)
+
+        def project(gradient, weight, *others):  # folds here, or all leaves would be folded first
+            G, W = fold(gradient), fold(weight)
+            return jax.vmap(functools.partial(self.project, x))(G, W, *others), W
+
+        layer = jnp.arange(x.view.batch, dtype=jnp.int32)
+        others = x.leaf.basis, layer, x.last_fit, x.fitted
+        projected, W = after(before, project, x.gradient, x.weight, *others)
+        finish, G = jax.vmap(functools.partial(self.finish, x, told)), fold(x.gradient)
+        U, state, outer, *numbers = finish(G, W, projected, x.leaf.rule, x.leaf.geometry)
+        return x.view.unfold(U), x.leaf._replace(rule=state, geometry=outer), numbers
+
+    # ---------------------------------------------------------------------------------------------------- one matrix
+
+    def project(self, x: Matrix, G, W, stored, layer, last_fit, fitted) -> _Projected:
+        """R = PᵀG, or PᵀGK, and what else is asked of G, in one go."""
+        P, K = read_bases(self.plan, x, stored, layer, last_fit)
+        G, kept = self.tangent(x, G, W)
+        if G.dtype == jnp.bfloat16:
+            P = P.astype(G.dtype)
+        R = jnp.matmul(P.T, G.astype(P.dtype), preferred_element_type=wide(G))
+        if K is not None:
+            R = jnp.matmul(R, K)
+            exact = {x.dtype for x in (G, *jax.tree.leaves(stored))} == {R.dtype}
+            R = jnp.where(fitted, _without_round_off(R, 1e-5 if exact else 2**-6), R)
+        columns = jnp.sum(jnp.square(G.astype(R.dtype)), axis=0).astype(jnp.float32)
+        if P.dtype != R.dtype and K is None:
+            columns = columns + _overlap(P, R)
+        return _Projected(R, P, K, columns, kept)
+
+    def finish(self, x: Matrix, told, G, W, projected: _Projected, old, outer):
+        """U = α P A + G diag(c) and the new states; zero and the old ones where something is not finite."""
+        R, P, K, columns, kept = projected
+        told, dtype = {**told, "size": x.view.m}, wide(G)
         # whatever is not finite in G shows in R; a square that overflows would poison a second moment for good
         energy = _energy(R)
-        finite = {path: jnp.isfinite(e) for path, e in energy.items()}
-        R = {path: _where(finite[path], r) for path, r in R.items()}
-        if outer_refreshed is not None:
-            R = {
-                p: jnp.where(refreshed[p] & outer_refreshed[p], _without_round_off(r), r)
-                for p, r in R.items()
-            }
+        finite = jnp.isfinite(energy)
+        A, c, new = self.rule.step(jnp.where(finite, R, 0), columns, old, **told)
+        for y in jax.tree.leaves((A, c, kept)):
+            finite &= jnp.isfinite(_energy(y))
+        U = jnp.zeros_like(G)
+        if A is not None:
+            A = jnp.asarray(self.scale, dtype) * (A if K is None else jnp.matmul(A, K.T))
+            U = x.view.product(P, A.astype(P.dtype)).astype(G.dtype)
+        if c is not None:
+            if self.plan.two_sided:
+                raise ValueError('a rule that weighs columns needs `side="short"` or "long".')
+            T, _ = self.tangent(x, G, W)
+            U = (U.astype(dtype) + T.astype(dtype) * c.astype(dtype)[None]).astype(G.dtype)
+        new_outer = outer
+        if self.geometry is not None:
+            U, new_outer = self.geometry.retract(U, W, kept, outer, axis=x.view.sum_axis, **told)
+        U = jnp.where(finite, U, 0).astype(G.dtype)
+        keep = lambda new, old: jnp.where(finite, new, old)
+        new, new_outer = jax.tree.map(keep, (new, new_outer), (old, outer))
+        return U, new, new_outer, energy, jnp.sum(columns), finite
 
-        N, inner_state = _no_params(
-            inner.update,
-            _keyed(R),
-            state.inner,
-            _shapes(R),
-            rotation=_keyed(Q),
-            refreshed=_keyed(refreshed),
-            **extra,
-        )
-        N = {path: N[f"{path}/R"] for path in views}
-        # A step that overflows skips its matrix, too. And since the new state then waits for N, nothing reads the old
-        # moments any more when they are overwritten: XLA copied them before.
-        size = _energy(N)
-        finite = {path: ok & jnp.isfinite(size[path]) for path, ok in finite.items()}
-        N = {path: _where(finite[path], n) for path, n in N.items()}
-
-        E = {
-            path: _where(finite[path], G[path] - view.product(P[path], R[path]))
-            for path, view in views.items()
-        }
-        S, residual_state = residual.update(
-            _keyed(E), state.residual, _shapes(E), coords=_keyed(R), steps=_keyed(N), **extra
-        )
-        S = {path: _where(finite[path], S[f"{path}/R"]) for path in views}
-        out = {
-            path: view.product(P[path], scale * N[path]) + S[path] for path, view in views.items()
-        }
-        out = {
-            path: view.unfold(out[path].astype(leaves[path].dtype)) for path, view in views.items()
-        }
-
-        energy = _per_matrix(energy, places)
-        if getattr(refresh, "watches_captured", False):
-            total = _per_matrix(_energy(G), places)
-        return treedef.unflatten(out.values()), LowRankState(
-            count=optax.safe_increment(state.count),
-            basis=basis,
-            stats=next_statistics(
-                state.stats,
-                state.count,
-                pending,
-                fitted,
-                _per_matrix(finite, places),
-                energy,
-                total,
-            ),
-            inner=keep_where(finite, inner_state, state.inner),
-            residual=keep_where(finite, residual_state, state.residual),
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    def tangent(self, x, G, W):
+        if self.plan.tangent is None:
+            return G, None
+        return self.plan.tangent(G, W, x.view.sum_axis)
 
 
-def keep_where(finite, new_state, old_state):
-    """`new_state`, with the arrays of every matrix that is not `finite` as they were in `old_state`.
+def _energy(x):
+    return jnp.sum(jnp.square(x)).astype(jnp.float32)
 
-    Args:
-      finite: dict by path of (b,) or () bools.
-      new_state, old_state: states of any transformation; arrays are matched to leaves by path.
-    """
 
-    def pick(key_path, new, old):
-        path = owner(key_path, finite)
-        if path is None or new is old:
-            return new
-        ok = finite[path]
-        if ok.ndim and new.shape[:1] != ok.shape:
-            ok = jnp.all(ok)  # an array that is not kept per matrix
-        return jnp.where(ok.reshape(ok.shape + (1,) * (new.ndim - ok.ndim)), new, old)
+def _overlap(P, R):
+    """What ‖G_j‖² lacks for ‖E_j‖² = ‖G_j‖² − ‖R_j‖², with E = G − P R, where a narrow P is not quite orthonormal."""
+    C = jnp.matmul(P.T, P, preferred_element_type=R.dtype)
+    return jnp.sum(R * (jnp.matmul(C, R) - R), axis=0).astype(jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(pick, new_state, old_state)
+
+def _without_round_off(R, unit):
+    # after a refit on both sides R is diagonal up to round-off, which Adam would blow up to steps of ±1;
+    # gradients and bases in bfloat16 or codes make it a percent
+    size = jnp.abs(R)
+    return jnp.where(size > unit * jnp.max(size), R, 0)
 
 
 def _view(path, leaf, axes, side) -> MatrixView:
@@ -278,71 +395,23 @@ def _view(path, leaf, axes, side) -> MatrixView:
     return MatrixView.of(leaf.shape, axes, side)
 
 
-def _keyed(by_path):
-    return {f"{path}/R": value for path, value in by_path.items()}
-
-
-def _shapes(by_path):
-    return _keyed(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), by_path))
-
-
-def _energy(x):
-    return {
-        path: jnp.sum(jnp.square(matrices), axis=(1, 2)).astype(jnp.float32)
-        for path, matrices in x.items()
-    }
-
-
-def _per_matrix(by_path, places):
-    return jnp.concatenate([by_path[path] for path in places])
-
-
-def _where(finite, x):
-    return jnp.where(finite[:, None, None], x, 0)
-
-
-def _without_round_off(R):
-    # after a refit on both sides R is diagonal up to round-off, which Adam would blow up to steps of ±1
-    size = jnp.abs(R)
-    return jnp.where(size > 1e-5 * jnp.max(size, axis=(1, 2), keepdims=True), R, 0)
-
-
-def _as_columns(extra):
-    """For a `low_rank` inside another: the outer rotation acts on the columns of this one's coordinates."""
-    names = {"rotation": "column_rotation", "refreshed": "column_refreshed"}
-    outer = {columns: _keyed(extra[rows]) for rows, columns in names.items() if rows in extra}
-    return {k: v for k, v in extra.items() if k not in names} | outer, extra.get("refreshed")
-
-
 def _check_same_leaves(views, state):
-    if views.keys() != state.basis.keys():
-        unknown, absent = (
-            sorted(views.keys() - state.basis.keys()),
-            sorted(state.basis.keys() - views.keys()),
-        )
+    if views.keys() != state.leaves.keys():
+        unknown = sorted(views.keys() - state.leaves.keys())
+        absent = sorted(state.leaves.keys() - views.keys())
         raise ValueError(
             f"the gradients are not those `init` was called for: new are {unknown}, missing are {absent}. "
             "Call `init` with parameters of the same structure."
         )
 
 
-def _no_params(call, *args, **kwargs):
-    try:
-        return call(*args, **kwargs)
-    except (TypeError, AttributeError) as error:
-        if "ShapeDtypeStruct" not in str(error):
-            raise
-        raise TypeError(
-            "`inner` computes with `params`, but it sees projected gradients only; its `params` are their shapes. Put "
-            "weight decay outside: `optax.chain(low_rank(...), optax.add_decayed_weights(...))`."
-        ) from error
-
-
-def _with_automatic_sharding(step, updates, state):
+def _with_automatic_sharding(step, updates, state, params):
     """On a mesh with explicit axes, lets the compiler place what is between the arguments and results of `step`."""
-    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
-    explicit = jax.sharding.AxisType.Explicit
-    meshes = [s.mesh for s in jax.tree.leaves(shardings) if explicit in s.mesh.axis_types]
+    of = lambda tree: jax.tree.map(lambda x: jax.typeof(x).sharding, tree)
+    shardings, explicit = of((updates, state)), jax.sharding.AxisType.Explicit
+    meshes = [
+        s.mesh for s in jax.tree.leaves((shardings, of(params))) if explicit in s.mesh.axis_types
+    ]
     if not meshes:
         return step
     # an array that was made outside of the mesh comes back replicated on it

@@ -1,4 +1,4 @@
-"""Moments that follow the basis: what `rotation` and `refreshed` of `low_rank` are for.
+"""Moments that follow the basis: rules whose `turn` carries them over at a refit.
 
 When P is refit, coordinates change by R ↦ Q R with Q = P_newᵀ P_old. The papers but AdaRankGrad leave the moments in
 the old coordinates, which means nothing in the new ones. Here the first moment is carried exactly, M ↦ Q M, and the
@@ -10,21 +10,19 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from optax_lowrank.linalg import matmul
-from optax_lowrank.views import owner
+from optax_lowrank.rules import Rule, lifted
 
 SecondMomentRule = Literal["ldadam", "square", "keep", "reset"]
 
 
 class RotatedAdamState(NamedTuple):
-    """State of `scale_by_rotated_adam`: trees like the coordinates."""
+    """State of `scale_by_rotated_adam`."""
 
     count: jax.Array  # () int32, updates so far
-    mu: Any  # (b, r, n), first moment M
-    nu: Any  # (b, r, n), second moment V
-    mass: Any  # (b, r, 1), share of its exponential average that each row of V has seen
+    mu: jax.Array  # (r, n), first moment M
+    nu: jax.Array  # (r, n), second moment V
+    mass: jax.Array  # (r, 1), share of its exponential average that each row of V has seen
 
 
 def scale_by_rotated_adam(
@@ -33,10 +31,10 @@ def scale_by_rotated_adam(
     eps: jax.typing.ArrayLike = 1e-8,
     mu_dtype: Any = None,
     second_moment: SecondMomentRule = "ldadam",
-) -> optax.GradientTransformationExtraArgs:
-    """Adam whose moments are carried over to the new basis at a refresh.
+) -> Rule:
+    """Adam whose moments are carried over to the new basis at a refit.
 
-    At a refresh, with m̂ = M / (1 − b1^t), v̂ = V / w and c² = rowsum(Q∘Q):
+    At a refit, with m̂ = M / (1 − b1^t), v̂ = V / w and c² = rowsum(Q∘Q):
 
         M ← Q M,   w' = (Q∘Q) w,   V ← (w'/c²) |(Q∘Q)(v̂ − m̂²) + (Q m̂)²|,   w ← w'        ("ldadam")
 
@@ -45,18 +43,18 @@ def scale_by_rotated_adam(
         N = (M / (1 − b1^t)) / (√(V / w) + eps).
 
     The mass w corrects each row of V for its own age: a direction that is new to the basis would otherwise take steps
-    more than six times too large, since the global count says that its correction is over. Where nothing rotates
-    w = 1 − b2^t, and this is `optax.scale_by_adam`.
+    more than six times too large, since the count says that its correction is over. Where nothing rotates
+    w = 1 − b2^t, and this is `optax.scale_by_adam`. Two-sided bases turn the columns by the same rules (the mass
+    stays per row).
 
     Args:
       b1, b2, eps: as in `optax.scale_by_adam`.
       mu_dtype: dtype of the first moment; default that of the coordinates.
-      second_moment: the rule at a refresh: "ldadam" as above; "square", V ← (Q∘Q) V; "keep", V and w stay in the old
+      second_moment: the rule at a refit: "ldadam" as above; "square", V ← (Q∘Q) V; "keep", V and w stay in the old
         coordinates; "reset", V = w = 0.
 
     Returns:
-      A transformation of (b, r, n) coordinates; takes `rotation`, `refreshed`, and inside a nested `low_rank`
-      `column_rotation`, `column_refreshed`, which turn the columns by the same rules (the mass stays per row).
+      A rule.
 
     Raises:
       ValueError: `second_moment` is unknown.
@@ -73,142 +71,81 @@ def scale_by_rotated_adam(
             f"`second_moment` must be one of {get_args(SecondMomentRule)}, got {second_moment!r}."
         )
 
-    def init(params):
-        return RotatedAdamState(
-            count=jnp.zeros([], jnp.int32),
-            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            nu=optax.tree.zeros_like(params),
-            mass=jax.tree.map(lambda p: jnp.zeros((*p.shape[:-1], 1), p.dtype), params),
-        )
+    def init(R):
+        mass = jnp.zeros((*R.shape[:-1], 1), R.dtype)
+        mu = jnp.zeros_like(R, dtype=mu_dtype)
+        return RotatedAdamState(jnp.zeros([], jnp.int32), mu, jnp.zeros_like(R), mass)
 
-    def update(updates, state, params=None, **extra):
-        del params
-        seen = state.count.astype(jnp.float32)
+    def turn(state, turn):
+        V, w = state.nu, state.mass
+        M = state.mu.astype(V.dtype)
+        M_new, w_new = turn(M), turn.squared(w)
+        if second_moment == "keep":
+            return state._replace(mu=M_new.astype(state.mu.dtype))
+        coverage = turn.squared(jnp.ones_like(w))
+        known = coverage > 1e-6  # otherwise a row that is new to the basis: it starts anew
+        if second_moment == "reset":
+            known, V_new, w_new = jnp.ones_like(known), jnp.zeros_like(V), jnp.zeros_like(w)
+        elif second_moment == "square":
+            V_new = turn.squared(V)
+        else:
+            m = M / jnp.where(
+                state.count > 0, _correction(b1, state.count, V.dtype), 1
+            )  # at first M = 0
+            v = V / jnp.where(w > 0, w, 1)  # a row of no mass has V = 0
+            v_new = jnp.abs(turn.squared(v - m**2) + turn(m) ** 2)
+            V_new = w_new / jnp.where(known, coverage, 1) * v_new
+        M, V, w = (jnp.where(known, x, 0) for x in (M_new, V_new, w_new))
+        return state._replace(mu=M.astype(state.mu.dtype), nu=V, mass=w)
 
-        def carry(turn, M, V, w):
-            M_new, w_new = turn(M), turn.squared(w)
-            if second_moment == "keep":
-                return M_new, V, w
-            if second_moment == "reset":
-                return M_new, jnp.zeros_like(V), jnp.zeros_like(w)
-            coverage = turn.squared(jnp.ones_like(w))
-            known = coverage > 1e-6  # otherwise a row that is new to the basis: it starts anew
-            if second_moment == "square":
-                V_new = turn.squared(V)
-            else:
-                m = M / jnp.where(seen > 0, 1 - b1**seen, 1)  # before the first update M = 0
-                v = V / jnp.where(w > 0, w, 1)  # a row of no mass has V = 0
-                v_new = jnp.abs(turn.squared(v - m**2) + turn(m) ** 2)
-                V_new = w_new / jnp.where(known, coverage, 1) * v_new
-            return tuple(jnp.where(known, x, 0) for x in (M_new, V_new, w_new))
+    def step(R, columns, state, **extra):
+        del columns, extra
+        decay1, decay2 = (jnp.asarray(b, R.dtype) for b in (b1, b2))
+        count = optax.safe_increment(state.count)
+        M = decay1 * state.mu.astype(R.dtype) + (1 - decay1) * R
+        V = decay2 * state.nu + (1 - decay2) * R**2
+        w = decay2 * state.mass + (1 - decay2)
+        # V / w: after this step w > 0, unless b2 = 1
+        N = M / _correction(b1, count, R.dtype) / (jnp.sqrt(V / w) + jnp.asarray(eps, R.dtype))
+        return N, None, RotatedAdamState(count, M.astype(state.mu.dtype), V, w)
 
-        def leaf(g, M, V, w, turn):
-            M = M.astype(V.dtype)
-            if turn is not None:
-                M, V, w = turn.on_refresh(carry, M, V, w)
-            M = b1 * M + (1 - b1) * g
-            V = b2 * V + (1 - b2) * g**2
-            w = b2 * w + (1 - b2)
-            # V / w: after this step w > 0, unless b2 = 1
-            return M / (1 - b1 ** (seen + 1)) / (jnp.sqrt(V / w) + eps), M, V, w
+    return Rule(init, turn, step)
 
-        columns = jax.tree.map(leaf, updates, state.mu, state.nu, state.mass, turns(updates, extra))
-        N, M, V, w = (
-            jax.tree.map(lambda _, column, i=i: column[i], updates, columns) for i in range(4)
-        )
-        return N, RotatedAdamState(
-            optax.safe_increment(state.count), optax.tree.cast(M, mu_dtype), V, w
-        )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+def _correction(decay, count, dtype):
+    return 1 - jnp.asarray(decay, dtype) ** count.astype(dtype)
 
 
 def rotated(
     inner: optax.GradientTransformation,
     first: tuple[str, ...] = ("mu", "trace"),
     second: tuple[str, ...] = ("nu",),
-) -> optax.GradientTransformationExtraArgs:
-    """Carries the moments of any transformation over to the new basis at a refresh.
+) -> Rule:
+    """Carries the moments of any transformation over to the new basis at a refit.
 
-    Before `inner` updates, M ← Q M in the state fields named in `first`, V ← (Q∘Q) V in those named in `second`. Lion,
-    momentum, RMSProp and most of their kin need no more; for Adam prefer `scale_by_rotated_adam`, which knows the age
-    of each row.
+    M ← Q M in the state fields named in `first`, V ← (Q∘Q) V in those named in `second`. Lion, momentum, RMSProp and
+    most of their kin need no more; for Adam prefer `scale_by_rotated_adam`, which knows the age of each row.
 
     Args:
-      inner: transformation of (b, r, n) coordinates.
+      inner: transformation of (r, n) coordinates.
       first: names of the state fields that are linear in the gradient.
       second: names of the state fields that are averages of its square.
 
     Returns:
-      A transformation with the state of `inner`.
+      A rule with the state of `inner`.
 
     Example:
       >>> import optax, optax_lowrank as ol
       >>> tx = ol.low_rank(ol.rotated(optax.scale_by_lion()), rank=4)
     """
-    inner = optax.with_extra_args_support(inner)
 
-    def update(updates, state, params=None, **extra):
-        if "rotation" in extra:
-            turn_of = turns(updates, extra)
+    def turn(state, turn):
+        def leaf(key_path, x):
+            fields = {getattr(part, "name", None) for part in key_path}
+            if fields & set(first):
+                return turn(x).astype(x.dtype)
+            return turn.squared(x).astype(x.dtype) if fields & set(second) else x
 
-            def carry(key_path, x):
-                key, fields = (
-                    owner(key_path, turn_of),
-                    {getattr(part, "name", None) for part in key_path},
-                )
-                if key is None or not fields & {*first, *second}:
-                    return x
-                rule = Turn.__call__ if fields & set(first) else Turn.squared
-                return turn_of[key].on_refresh(lambda turn, x: (rule(turn, x),), x)[0]
+        return jax.tree_util.tree_map_with_path(leaf, state)
 
-            state = jax.tree_util.tree_map_with_path(carry, state)
-        return inner.update(updates, state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-class Turn(NamedTuple):
-    """Change of coordinates of one leaf: x ↦ Q x, and inside a nested `low_rank` also x ↦ x Kᵀ."""
-
-    Q: jax.Array  # (b, r, r)
-    K: jax.Array | None  # (b, n, n), acts on columns
-    refreshed: jax.Array  # () bool
-
-    def __call__(self, x):
-        """What is linear in the gradient, in the new coordinates: exact within the old subspace."""
-        return self._apply(self.Q, self.K, x)
-
-    def squared(self, x):
-        """The same for averages of squares, by Q∘Q: exact where coordinates were uncorrelated."""
-        return self._apply(jnp.square(self.Q), None if self.K is None else jnp.square(self.K), x)
-
-    def on_refresh(self, rule, *moments):
-        """`rule(self, *moments)`, a tuple, where the basis was refit; `moments` untouched on an ordinary step."""
-        turned = lambda: tuple(
-            new.astype(x.dtype) for new, x in zip(rule(self, *moments), moments, strict=True)
-        )
-        if not isinstance(
-            self.refreshed, jax.core.Tracer
-        ):  # outside jit a `cond` is compiled anew on every step
-            return turned() if self.refreshed else moments
-        return lax.cond(self.refreshed, turned, lambda: moments)
-
-    @staticmethod
-    def _apply(Q, K, x):
-        x = matmul(Q, x)
-        return x if K is None or x.shape[-1] == 1 else matmul(x, K.mT)  # the mass has no columns
-
-
-def turns(updates, extra) -> Any:
-    """A `Turn` for each leaf, from the extra arguments of `low_rank`; None for each where there are none."""
-    if "rotation" not in extra:
-        return jax.tree.map(lambda _: None, updates)
-    columns = extra.get("column_rotation", dict.fromkeys(updates))
-    columns_refreshed = extra.get("column_refreshed", dict.fromkeys(updates, False))
-    return {
-        key: Turn(
-            extra["rotation"][key], columns[key], extra["refreshed"][key] | columns_refreshed[key]
-        )
-        for key in updates
-    }
+    return lifted(inner)._replace(turn=turn)

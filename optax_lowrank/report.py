@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowrank.low_rank import LowRankState
+from optax_lowrank.refit import TwoSided
 from optax_lowrank.refresh import Statistics, positions
-from optax_lowrank.views import flatten_by_path, owner
+from optax_lowrank.views import flatten_by_path, owned_leaves
 
 
 class LeafDiagnostics(NamedTuple):
     """How the basis of one leaf is doing; (b,) arrays, one entry a matrix."""
 
-    rank: jax.Array  # int32, active columns of the basis
+    rank: jax.Array  # int32, active columns of the basis; -1 where nothing of it is stored
     captured_energy: jax.Array  # float32, ‖PᵀG‖² / ‖G‖² at the last refit
     steps_since_refresh: jax.Array  # int32, -1 where there is no basis yet
     skips: (
@@ -32,7 +33,7 @@ def diagnostics(state) -> dict[str, LeafDiagnostics]:
         `inject_hyperparams`, `nnx.Optimizer`. May be traced.
 
     Returns:
-      Dict by path of the leaf; the inner basis of a two-sided projection stands under `<path>/R`.
+      Dict by path of the leaf; of a two-sided projection the first basis.
 
     Example:
       >>> import jax.numpy as jnp, optax_lowrank as ol
@@ -44,21 +45,15 @@ def diagnostics(state) -> dict[str, LeafDiagnostics]:
       ([2], 0.25)
     """
     found = {}
-    for low_rank_state in _low_rank_states(state):
-        if not _paths(low_rank_state):
-            continue
+    for x in low_rank_states(state):
         # a leaf at a time, since wrappers such as nnx box the arrays
-        stats = Statistics(*jax.tree.leaves(low_rank_state.stats))
-        (count,) = jax.tree.leaves(low_rank_state.count)
-        bases = {
-            # of a basis in codes the scales, whose columns are zero where the basis's are
-            path: jax.tree.leaves(low_rank_state.basis[path])[-1]
-            for path in _paths(low_rank_state)
-        }
-        for path, place in positions({path: len(P) for path, P in bases.items()}).items():
+        stats, (count,) = Statistics(*jax.tree.leaves(x.stats)), jax.tree.leaves(x.count)
+        bases = {path: first_basis(leaf.basis) for path, leaf in x.leaves.items()}
+        batch = {path: len(jax.tree.leaves(leaf)[0]) for path, leaf in x.leaves.items()}
+        for path, place in positions(batch).items():
             last_fit = stats.last_fit[place]
             found[path] = LeafDiagnostics(
-                rank=jnp.sum(jnp.any(bases[path] != 0, axis=1), axis=1),
+                rank=_active(bases[path], last_fit),
                 captured_energy=stats.captured[place],
                 steps_since_refresh=jnp.where(last_fit < 0, -1, count - 1 - last_fit),
                 skips=stats.skips[place],
@@ -66,20 +61,26 @@ def diagnostics(state) -> dict[str, LeafDiagnostics]:
     return found
 
 
-def _paths(low_rank_state):
-    return (
-        low_rank_state.basis if isinstance(low_rank_state.basis, dict) else ()
-    )  # a scalar: no leaves
+def first_basis(stored) -> Any:
+    """The last of the arrays (b, ·, r) that a store keeps of the basis P, in which unused columns are zero, or None."""
+    arrays = jax.tree.leaves(stored.P if isinstance(stored, TwoSided) else stored)
+    return arrays[-1] if arrays else None
 
 
-def _low_rank_states(state):
-    """Every `LowRankState` in a tree, outer ones before those nested in them."""
+def _active(basis, last_fit):
+    if basis is None:
+        return jnp.full_like(last_fit, -1)
+    columns = jnp.any(basis != 0, axis=1)
+    if jnp.issubdtype(basis.dtype, jnp.integer):  # which columns of a DCT: all of them
+        columns = jnp.broadcast_to(last_fit[:, None] >= 0, columns.shape)
+    return jnp.sum(columns, axis=1, dtype=jnp.int32)
+
+
+def low_rank_states(state) -> list[LowRankState]:
+    """Every `LowRankState` with leaves in a tree."""
     is_one = lambda x: isinstance(x, LowRankState)
-    for x in jax.tree.leaves(state, is_leaf=is_one):
-        if is_one(x):
-            yield x
-            yield from _low_rank_states(x.inner)
-            yield from _low_rank_states(x.residual)
+    found = filter(is_one, jax.tree.leaves(state, is_leaf=is_one))
+    return [x for x in found if isinstance(x.leaves, dict)]
 
 
 class GroupMemory(NamedTuple):
@@ -185,10 +186,9 @@ def memory_report(tx: optax.GradientTransformation, params, state: Any = None) -
     if state is None:
         state = jax.eval_shape(tx.init, params)
     leaves, _ = flatten_by_path(params)
-    bases = {path for low_rank_state in _low_rank_states(state) for path in _paths(low_rank_state)}
+    bases = {path for x in low_rank_states(state) for path in x.leaves}
     arrays, counters = dict.fromkeys(leaves, 0), 0
-    for key_path, x in jax.tree_util.tree_flatten_with_path(state)[0]:
-        path = owner(key_path, leaves)
+    for _, x, path in owned_leaves(state, params):
         if path is None or (path in bases and x.ndim < 2):
             counters += _bytes(x)
         else:

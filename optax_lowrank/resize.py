@@ -1,20 +1,21 @@
 """Other ranks for a running optimizer: memory released or added between steps, and checkpoints of such states.
 
 Inside jit the rank is a mask: columns of a basis beyond the active rank are zero, but allocated. Outside, `resize` and
-`compact` cut or widen every array that has a rank for an axis, whichever transformation keeps it: the shapes of
+`compact` cut or widen every array that has a rank for an axis, whichever rule keeps it: the shapes of
 `tx.init` at the new ranks say which axes these are. `update` reads ranks off the state: it retraces once and goes on.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowrank.low_rank import LowRankState, other_ranks
-from optax_lowrank.views import owner
+from optax_lowrank.report import first_basis, low_rank_states
+from optax_lowrank.rules import Asked, CodedState
+from optax_lowrank.views import flatten_by_path
 
 
 def resize(
@@ -23,7 +24,7 @@ def resize(
     """The state of an optimizer at other ranks: columns are cut off, or added and filled at the next refit.
 
     Every array whose shape depends on the rank follows: bases, moments, masses, histories, through `chain`,
-    `partition`, `MultiSteps`, `inject_hyperparams`, `nnx.Optimizer` and nested `low_rank`. New entries are what
+    `partition`, `MultiSteps`, `inject_hyperparams` and `nnx.Optimizer`. New entries are what
     `tx.init` puts there. Arrays that do not depend on it are passed on, not copied. For use between steps, outside jit.
 
     Args:
@@ -31,8 +32,8 @@ def resize(
       state: its state. For planning, `jax.ShapeDtypeStruct`s do.
       params: parameters, or their `jax.ShapeDtypeStruct`s.
       rank: for every projected leaf, or by path as in `diagnostics` (leaves that are not named keep theirs), clipped to
-        min(m, n) of the leaf. The matrices of a stacked leaf share it. Of a two-sided projection an int is both ranks;
-        a dict names the inner one `<path>/R`. The rank that `tx` was made with is no limit.
+        min(m, n) of the leaf. The matrices of a stacked leaf share it, and so do both sides of a two-sided
+        projection. The rank that `tx` was made with is no limit.
 
     Returns:
       A state for `tx.update`, placed like the old one.
@@ -48,18 +49,20 @@ def resize(
       >>> ol.memory_report(tx, params, state).arrays == 4 * (32 * 4 + 2 * 4 * 64)
       True
     """
-    old = _ranks(abstract_state(tx, params, state))
+    abstract_state(tx, params, state)  # raises where they do not belong together
+    old = _ranks(state)
     if not old:
-        raise ValueError("`resize` finds no basis in `state`: this optimizer projects no leaf.")
+        raise ValueError(
+            "`resize` finds no basis in `state`: this optimizer projects no leaf, or stores no basis."
+        )
     ranks = old | _checked(rank, old)
-    target = _shapes(tx, params, ranks)
-    new = _ranks(target)  # those asked for, clipped
+    coded = _coded(_shapes(tx, params), _by_name(state))
+    target = _shapes(tx, params, ranks, coded)
+    _check_axes(state, target, old, _ranks(target))
     keyed, treedef = jax.tree_util.tree_flatten_with_path(state)
     wanted = jax.tree.leaves(target)
-    for (key_path, x), y in zip(keyed, wanted, strict=True):
-        _check_axes(key_path, x, y, old, new)
     grows = [x.size < y.size for (_, x), y in zip(keyed, wanted, strict=True)]
-    starts = iter(_initial_leaves(tx, params, ranks, grows))
+    starts = iter(_initial_leaves(tx, params, ranks, coded, grows))
     return treedef.unflatten(
         _moved(x, y, next(starts) if more else None)
         for (_, x), y, more in zip(keyed, wanted, grows, strict=True)
@@ -76,7 +79,7 @@ def compact(
     """Releases the columns that no matrix of a leaf uses: `resize` to the active ranks, never to larger ones.
 
     A leaf keeps the largest active rank of its matrices plus `headroom`, rounded up; a leaf that has no basis yet keeps
-    all, and so do the coordinates that a nested `low_rank` still uses. Columns that go are zero, so the run continues
+    all. Columns that go are zero, so the run continues
     as it would have, but for one thing: what is allocated is the cap of ranks to come. Leave `headroom` for ranks to
     rise, or `resize`. Moments that were not rotated may have rows left over from a larger rank; these go as well.
 
@@ -99,23 +102,19 @@ def compact(
       >>> params = {"kernel": jnp.outer(jnp.arange(64.0), jnp.arange(96.0))}
       >>> _, state = tx.update(params, tx.init(params))
       >>> smaller = ol.compact(tx, state, params)
-      >>> smaller[0].inner_states["matrix"].inner_state.basis["kernel"].shape
+      >>> smaller.direction.inner_states["matrix"].inner_state.leaves["kernel"].basis.shape
       (1, 64, 8)
     """
     if headroom < 0 or multiple_of < 1:
         raise ValueError(
             f"`compact` needs headroom >= 0 and multiple_of >= 1, got {headroom=} and {multiple_of=}."
         )
-    bases = list(_bases(state).values())
-    active = jax.device_get([_last_used_column(P) for _, P in bases])
-    keep: dict[str, int] = {}
-    for (path, P), used in zip(bases, active, strict=True):
+    allocated, keep = _ranks(state), {}
+    active = jax.device_get([_last_used_column(P) for _, P in _bases(state)])
+    for (path, _), used in zip(_bases(state), active, strict=True):
         rounded = -(-(int(used) + headroom) // multiple_of) * multiple_of
-        keep[path] = max(keep.get(path, 0), min(rounded, P.shape[2]) if used else P.shape[2])
-    for path in sorted(keep, key=len, reverse=True):
-        keep[path] = max(keep[path], keep.get(f"{path}/R", 0))
-    allocated = _ranks(state)
-    keep = {path: min(rank, allocated[path]) for path, rank in keep.items()}
+        rank = min(rounded if used else allocated[path], allocated[path])
+        keep[path] = max(rank, keep.get(path, rank))
     return state if keep == allocated else resize(tx, state, params, keep)
 
 
@@ -149,13 +148,12 @@ def abstract_state(tx: optax.GradientTransformation, params: Any, like: Any) -> 
       [0]
     """
     found = {name: tuple(x.shape) for name, x in _by_name(like).items() if hasattr(x, "shape")}
-    configured = _bases(_shapes(tx, params, {}))
-    ranks = {
-        path: found[name][-1]
-        for name, (path, P) in configured.items()
-        if found.get(name) not in (None, (), P.shape)
-    }
-    state = _shapes(tx, params, ranks)
+    ranks = {}
+    usual = _shapes(tx, params)
+    for name, path, P in _named_bases(usual):
+        if found.get(name) not in (None, (), P.shape):
+            ranks[path] = found[name][-1]
+    state = _shapes(tx, params, ranks, _coded(usual, found))
     wanted = {name: x.shape for name, x in _by_name(state).items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
@@ -167,67 +165,70 @@ def abstract_state(tx: optax.GradientTransformation, params: Any, like: Any) -> 
     return state
 
 
-@contextlib.contextmanager
-def _init_at(ranks: Mapping[str, int]) -> Iterator[None]:
-    token = other_ranks.set(ranks)
-    try:
-        yield
-    finally:
-        other_ranks.reset(token)
+def _shapes(tx, params, ranks=MappingProxyType({}), coded=MappingProxyType({})):
+    """Shapes of `tx.init(params)` at these ranks, with these arrays in codes; by path."""
+    return jax.eval_shape(lambda: tx.init(_asked(params, ranks, coded)))
 
 
-def _shapes(tx, params, ranks):
-    with _init_at(ranks):
-        # a new function, because traces are cached by function
-        return jax.eval_shape(lambda p: tx.init(p), params)
+def _asked(params, ranks, coded):
+    leaves, treedef = flatten_by_path(params)
+
+    asked = lambda path, x: Asked(x.shape, x.dtype, ranks.get(path), coded.get(path))
+    return treedef.unflatten(asked(path, x) for path, x in leaves.items())
 
 
-def _initial_leaves(tx, params, ranks, chosen):
+def _coded(usual, names) -> dict[str, frozenset[str]]:
+    """Which arrays of each leaf are in codes, by the names of a state; another rank does not change that."""
+    is_coded, found = lambda x: isinstance(x, CodedState), {}
+    with_codes = {
+        path
+        for x in low_rank_states(usual)
+        for path, leaf in x.leaves.items()
+        if any(map(is_coded, jax.tree.leaves(leaf.rule, is_leaf=is_coded)))
+    }
+    for basis, path, _ in _named_bases(usual):
+        if path in with_codes:
+            rule = f"{basis[: basis.rindex('/basis')]}/rule/"
+            inside = [name.removeprefix(rule) for name in names if name.startswith(rule)]
+            split = [f"/{name}".partition("/block_scale/") for name in inside]
+            inside = frozenset(array for _, is_scale, array in split if is_scale)
+            found[path] = found.get(path, frozenset()) | inside
+    return found
+
+
+def _initial_leaves(tx, params, ranks, coded, chosen):
     """The chosen leaves of `tx.init(params)`; none of the others is allocated."""
     if not any(chosen):
         return []
-    with _init_at(ranks):
-        return jax.jit(
-            lambda: [
-                x for x, take in zip(jax.tree.leaves(tx.init(params)), chosen, strict=True) if take
-            ]
-        )()
+    start = lambda: jax.tree.leaves(tx.init(_asked(params, ranks, coded)))
+    return jax.jit(lambda: [x for x, take in zip(start(), chosen, strict=True) if take])()
 
 
 def _by_name(tree) -> dict[str, Any]:
     """Leaves by a name that a state, its boxed copy in an `nnx.Optimizer` and a checkpoint's metadata share."""
-    name = lambda key_path: jax.tree_util.keystr(key_path, simple=True, separator="/")
-    return {
-        name(key_path).removesuffix("/value"): x
-        for key_path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return flatten_by_path(tree)[0]
 
 
-def _bases(tree, prefix="") -> dict[str, tuple[str, Any]]:
-    """Path of the leaf and array (b, ·, r) of each basis, by name."""
-    found = {}
-    is_one = lambda x: isinstance(x, LowRankState)
-    for key_path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_one):
-        if is_one(x):
-            keys = [jax.tree_util.keystr((key,), simple=True) for key in key_path]
-            at = prefix + "".join(f"{key}/" for key in keys)
-            if isinstance(x.basis, Mapping):  # otherwise it has no leaves
-                for path, P in x.basis.items():
-                    # the last array: of a basis in codes the scales, with the same columns
-                    name, array = list(_by_name(P).items())[-1]
-                    name = f"{at}basis/{path}/{name}".removesuffix("/value")  # nnx boxes arrays
-                    found[name.removesuffix("/")] = path, array
-            found |= _bases(x.inner, f"{at}inner/") | _bases(x.residual, f"{at}residual/")
-    return found
+def _bases(state) -> list[tuple[str, Any]]:
+    """Path of the leaf and array (b, ·, r) of every basis that is stored."""
+    leaves = [leaf for x in low_rank_states(state) for leaf in x.leaves.items()]
+    found = [(path, first_basis(leaf.basis)) for path, leaf in leaves]
+    return [(path, P) for path, P in found if P is not None]
+
+
+def _named_bases(state) -> list[tuple[str, str, Any]]:
+    """The same, each with its name in the state."""
+    names = {id(x): name for name, x in _by_name(state).items()}
+    return [(names[id(P)], path, P) for path, P in _bases(state)]
 
 
 def _ranks(state) -> dict[str, int]:
-    ranks: dict[str, int] = {}
-    for path, P in _bases(state).values():
-        if ranks.setdefault(path, P.shape[2]) != P.shape[2]:
+    ranks = {}
+    for path, P in _bases(state):
+        r = P.shape[2]
+        if ranks.setdefault(path, r) != r:
             raise ValueError(
-                f"leaf {path!r} has two bases of different rank, {ranks[path]} and {P.shape[2]}: a path cannot tell "
-                "them apart. Give them equal ranks."
+                f"{path!r} has two bases of different rank, {ranks[path]} and {r}: ranks are kept by path."
             )
     return ranks
 
@@ -244,20 +245,24 @@ def _checked(rank, old) -> dict[str, int]:
     return asked
 
 
-def _check_axes(key_path, x, y, old, new):
-    """Cutting is right where each axis that changes is a rank of the leaf or of a projection around it."""
-    if x.shape == y.shape:
-        return
-    path = owner(key_path, old) or ""
-    ours = [q for q in old if path == q or path.startswith(f"{q}/R")]
-    allowed = {(old[q], new[q]) for q in ours}
-    changed = {(a, b) for a, b in zip(x.shape, y.shape, strict=False) if a != b}
-    if x.ndim != y.ndim or not changed <= allowed:
-        name = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        raise ValueError(
-            f"{name!r} goes from shape {x.shape} to {y.shape} with the ranks, so its entries change their meaning. "
-            "Use a transformation that keeps the axes of (b, r, n), or begin with a new state: `tx.init`."
-        )
+def _check_axes(state, target, old, new):
+    """Cutting is right where each axis that changes is the rank of the leaf, or counts pairs or blocks along it."""
+    for before, after in zip(low_rank_states(state), low_rank_states(target), strict=True):
+        for path, leaf in before.leaves.items():
+            names, wanted = _by_name(leaf), jax.tree.leaves(after.leaves[path])
+            ranks = old.get(path), new.get(path)
+            for (name, x), y in zip(names.items(), wanted, strict=True):
+                changed = [(a, b) for a, b in zip(x.shape, y.shape, strict=False) if a != b]
+                allowed = {ranks}
+                if x.dtype == jnp.uint8:  # two 4-bit codes share a byte
+                    allowed.add(tuple(r and r // 2 for r in ranks))
+                if "/block_scale/" in name:  # the last axis counts blocks
+                    allowed.add((x.shape[-1], y.shape[-1]))
+                if x.ndim != y.ndim or x.dtype != y.dtype or not set(changed) <= allowed:
+                    raise ValueError(
+                        f"{path}: {name!r} goes from shape {x.shape} to {y.shape} with the rank, so its entries change "
+                        "their meaning. Use a rule that keeps the axes of (r, n), or begin with a new state: `tx.init`."
+                    )
 
 
 def _moved(x, y, start):

@@ -6,14 +6,8 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_lowrank.views import (
-    MatrixAxes,
-    MatrixView,
-    axes_by_path,
-    flatten_by_path,
-    leaf_path,
-    owner,
-)
+from optax_lowrank.classify import axes_by_path
+from optax_lowrank.views import MatrixAxes, MatrixView, flatten_by_path, owned_leaves
 
 
 def state_shardings(
@@ -43,8 +37,8 @@ def state_shardings(
       >>> params = {"kernel": jnp.ones((32, 64))}
       >>> along = {"kernel": NamedSharding(mesh, PartitionSpec(None, "model"))}
       >>> shardings = ol.state_shardings(ol.galore(0.01, rank=4), params, along)
-      >>> state = shardings[0].inner_states["matrix"].inner_state
-      >>> [tuple(x.spec) for x in (state.inner.mu["kernel/R"], state.basis["kernel"])]
+      >>> leaf = shardings.direction.inner_states["matrix"].inner_state.leaves["kernel"]
+      >>> [tuple(x.spec) for x in (leaf.rule.mu, leaf.basis)]
       [(None, None, 'model'), (None, None, None)]
     """
     leaves, _ = flatten_by_path(params)
@@ -54,43 +48,50 @@ def state_shardings(
             f"`param_shardings` must be like `params`: it has {sorted(placed)}, they have {sorted(leaves)}."
         )
     found = axes_by_path(params, axes)
+    mesh = next(iter(placed.values())).mesh if placed else None
+    shapes = jax.eval_shape(tx.init, params)
 
-    def place(key_path, x):
-        path = owner(key_path, leaves)
+    def place(keys, x, path):
         if path is None:
-            return NamedSharding(next(iter(placed.values())).mesh, PartitionSpec())
-        mesh, spec = placed[path].mesh, placed[path].spec
-        if x.shape == leaves[path].shape:
-            return NamedSharding(mesh, spec)
-        if found[path] is None or x.ndim != 3:
             return NamedSharding(mesh, PartitionSpec())
-        return NamedSharding(
-            mesh, _folded_spec(key_path, x.shape, leaves[path].shape, found[path], spec)
-        )
+        spec, names = placed[path].spec, [getattr(key, "name", None) for key in keys]
+        if x.shape == leaves[path].shape and not {"basis", "rule"} & set(names):
+            return NamedSharding(mesh, spec)
+        if found[path] is None or not {"basis", "rule", "geometry"} & set(names):
+            return NamedSharding(mesh, _leading(spec, leaves[path].shape, x.shape))
+        return NamedSharding(mesh, _folded(names, x.shape, leaves[path].shape, found[path], spec))
 
-    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
+    keyed = owned_leaves(shapes, params)
+    return jax.tree.structure(shapes).unflatten(place(*one) for one in keyed)
 
 
-def _folded_spec(key_path, shape, leaf_shape, axes: MatrixAxes, spec) -> PartitionSpec:
-    """Spec of a (b, ·, ·) array: each of its axes that is a whole side of the leaf's matrix lies as that side does."""
+def _leading(spec, leaf_shape, shape) -> PartitionSpec:
+    """Spec of codes' scales (..., blocks): the leading axes lie as the parameter's."""
+    if len(shape) != len(leaf_shape) or shape[:-1] != leaf_shape[:-1]:
+        return PartitionSpec()
+    return PartitionSpec(
+        *[spec[axis] if axis < len(spec) else None for axis in range(len(shape) - 1)]
+    )
+
+
+def _folded(names, shape, leaf_shape, axes: MatrixAxes, spec) -> PartitionSpec:
+    """Spec of an array (b, ...) of a leaf: each axis that is a whole side of the leaf's matrix lies as that side does.
+
+    Only the long axes are told, by their size: of a basis (b, m, r) the one before the last, of all else the last.
+    """
     view = MatrixView.of(leaf_shape, axes, "reduction")
     sides = [(view.m, view.projected_axes), (view.n, view.other_axes)]
-    names = [getattr(part, "name", None) for part in key_path]
-    if "basis" not in names:
-        axis, sides = 2, sides[::-1]  # coordinates (b, r, n), magnitudes (b, 1, n)
-    else:
-        axis = 1  # of a square matrix the reduction side is projected
-        coded = names[-1] if names[-1] in ("codes", "pairs", "block_scale") else None
-        if leaf_path(key_path[:-1] if coded else key_path).endswith("/R"):
-            sides = sides[::-1]  # the inner basis of a two-sided projection
-        if coded == "pairs":
-            sides = [(-(-size // 2), members) for size, members in sides]
-        elif coded == "block_scale":
-            sides = []
-    entries = [_merged(spec, view.batch_axes), None, None]
-    match = [members for size, members in sides if size == shape[axis]]
-    if match:
-        entries[axis] = _merged(spec, match[0])
+    entries = [_merged(spec, view.batch_axes), *[None] * (len(shape) - 1)]
+    in_basis = "basis" in names
+    if len(shape) >= 3 and names[-1] != "block_scale":
+        axis = len(shape) - (2 if in_basis else 1)
+        first = (
+            0 if in_basis != ("K" in names) else 1
+        )  # of a square matrix the reduction side is projected
+        for size, members in (sides[first], sides[1 - first]):
+            if shape[axis] in (size, -(-size // 2)):  # two 4-bit codes share a byte
+                entries[axis] = _merged(spec, members)
+                break
     return PartitionSpec(*entries)
 
 

@@ -1,18 +1,15 @@
-"""Matrix views: which parameters are matrices, and how each of them folds to `G` of shape (b, m, n).
+"""Paths and geometry: what a leaf is called, and how it folds to `G` of shape (b, m, n).
 
 A leaf is known by its path, never by its place in a treedef: Flax NNX shows an optimizer boxed leaves at `init` and
-bare ones at `update`, and `optax.masked` shows it a part of the tree. From path and shape the classifier (its rules
-stand in `matrix_axes`) says which axes a layer sums over and which it produces; `MatrixView` puts the side to be
-projected first, so that nothing else in the package knows left from right.
+bare ones at `update`, and `optax.masked` shows it a part of the tree. Which axes a layer sums over and which it
+produces is for `classify` to say; `MatrixView` puts the side to be projected first, so that nothing else in the
+package knows left from right.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +21,26 @@ Shape = tuple[int, ...]
 
 
 def leaf_path(key_path) -> str:
-    """The name of a leaf, equal for boxed and bare parameters: `layers/0/kernel`.
-
-    One trailing attribute `.value` is dropped: it is the box (`nnx.Param`, `nn.Partitioned`), not the leaf. A dict key
-    "value" stays.
-    """
-    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
-        key_path = key_path[:-1]
+    """The keys of a leaf as one name: `layers/0/kernel`."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def leaves_with_path(tree, is_leaf=None) -> list[tuple[tuple, Any]]:
+    """`jax.tree.leaves_with_path` in which a box has no key: a leaf's key path is the same boxed and bare.
+
+    A box is a node of one of Flax's classes (`nnx.Param` and any other `Variable`; `nn.Partitioned` and any other
+    `AxisMetadata`), wherever in the tree it stands. A field of the user's that is called `value` keeps its key.
+    """
+    is_leaf = is_leaf or (lambda node: False)
+    found = []
+    nodes = jax.tree.leaves_with_path(tree, is_leaf=lambda node: is_leaf(node) or _is_box(node))
+    for key_path, node in nodes:
+        if is_leaf(node) or not _is_box(node):
+            found.append((key_path, node))
+        else:
+            inside = leaves_with_path(_content(node), is_leaf)
+            found += [(key_path + keys, leaf) for keys, leaf in inside]
+    return found
 
 
 def flatten_by_path(tree, is_leaf=None) -> tuple[dict[str, Any], Any]:
@@ -40,30 +49,72 @@ def flatten_by_path(tree, is_leaf=None) -> tuple[dict[str, Any], Any]:
     Raises:
         ValueError: two leaves have the same path.
     """
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
     leaves: dict[str, Any] = {}
-    for key_path, leaf in keyed:
+    for key_path, leaf in leaves_with_path(tree, is_leaf):
         path = leaf_path(key_path)
         if path in leaves:
             raise ValueError(
                 f"two leaves have the path {path!r}. Rename one: optimizer state is kept by path."
             )
         leaves[path] = leaf
-    return leaves, treedef
+    return leaves, jax.tree.structure(tree, is_leaf)
 
 
-def owner(key_path, paths) -> str | None:
-    """Which of `paths` an array of an optimizer state belongs to: `0/mu/up/kernel` to `up/kernel`, `0/count` to none.
+def belongs_to(node, library: str, *classes: str) -> bool:
+    """Whether `node` is an instance of one of a library's classes, known by name: the library may not be installed."""
+    return any(
+        base.__name__ in classes and base.__module__.partition(".")[0] == library
+        for base in type(node).__mro__
+    )
 
-    The longest one that stands in the array's own path, of equals the last: a state repeats its parameters' paths.
+
+def _is_box(node) -> bool:
+    named = belongs_to(node, "flax", "Variable", "VariableState", "AxisMetadata")
+    return named and not jax.tree_util.all_leaves([node])
+
+
+def _content(box):
+    """What is in a box: its children, without their keys where there is only one."""
+    children = jax.tree.leaves(box, is_leaf=lambda node: node is not box)
+    return children[0] if len(children) == 1 else children
+
+
+def owned_leaves(state, params) -> list[tuple[tuple, Any, str | None]]:
+    """(key path, array, path of its parameter or None) of every array of an optimizer state, in tree order.
+
+    Told by structure, never by the name of a leaf: a subtree that is a tree like the parameters (masked or boxed ones
+      as
+    well), or a dict by path, which is how this library keeps its own state.
     """
-    parts = leaf_path(key_path).split("/")
-    for length in range(len(parts), 0, -1):
-        for start in range(len(parts) - length, -1, -1):
-            path = "/".join(parts[start : start + length])
-            if path in paths:
-                return path
-    return None
+    paths = set(flatten_by_path(params)[0])
+    is_masked = lambda node: type(node).__name__ == "MaskedNode"
+    # dicts of Optax's whose keys are labels: a leaf may be called like one
+    labelled = {"inner_states", "hyperparams", "hyperparams_states"}
+
+    def visit(keys, node):
+        by_label = keys and getattr(keys[-1], "name", None) in labelled
+        if isinstance(node, Mapping) and node and set(node) <= paths and not by_label:
+            children = {
+                path: [((jax.tree_util.DictKey(path),), child)] for path, child in node.items()
+            }
+        else:
+            own = leaves_with_path(node, is_masked)
+            if {leaf_path(key_path) for key_path, _ in own} == paths:
+                children = {leaf_path(key_path): [(key_path, child)] for key_path, child in own}
+            else:
+                below = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda x: x is not node)
+                if len(below) == 1 and below[0][1] is node:
+                    return [(keys, node, None)]
+                return [found for key, child in below for found in visit(keys + key, child)]
+        return [
+            (keys + key + inner, x, path)
+            for path, entries in children.items()
+            for key, child in entries
+            for inner, x in leaves_with_path(child, is_masked)
+            if not is_masked(x)
+        ]
+
+    return visit((), state)
 
 
 # ----------------------------------------------------------------------------------------------------------- views
@@ -102,29 +153,38 @@ class MatrixView:
     batch_axes: tuple[int, ...]
     projected_axes: tuple[int, ...]
     other_axes: tuple[int, ...]
+    reduction_first: bool = True
 
     @classmethod
     def of(
         cls,
         shape: Iterable[int],
         axes: MatrixAxes,
-        side: Literal["short", "long", "reduction"] = "short",
-    ) -> MatrixView:
+        side: Literal["short", "long", "reduction", "both"] = "short",
+    ) -> Self:
         """The view of a leaf of this shape with its shorter, its longer or its reduction side projected.
 
-        A square matrix is projected on its reduction side in any case.
+        A square matrix is projected on its reduction side in any case. Where both sides are projected, `G` lies as
+        for the shorter one.
 
         Raises:
             ValueError: `axes` do not fit `shape`, or `side` is unknown.
         """
-        if side not in ("short", "long", "reduction"):
-            raise ValueError(f"side={side!r} must be 'short', 'long' or 'reduction'.")
         shape = tuple(shape)
-        reduction, output = _sides(axes, shape, f"a leaf of shape {shape}")
-        batch = tuple(a for a in range(len(shape)) if a not in reduction + output)
+        reduction, output = sides_of(axes, shape, f"a leaf of shape {shape}")
         excess = _size(shape, output) - _size(shape, reduction)
-        reduction_first = {"short": excess >= 0, "long": excess <= 0, "reduction": True}[side]
-        return cls(shape, batch, *((reduction, output) if reduction_first else (output, reduction)))
+        match side:
+            case "short" | "both":
+                reduction_first = excess >= 0
+            case "long":
+                reduction_first = excess <= 0
+            case "reduction":
+                reduction_first = True
+            case _:
+                raise ValueError(f"side={side!r} must be 'short', 'long', 'reduction' or 'both'.")
+        batch = tuple(a for a in range(len(shape)) if a not in reduction + output)
+        first, second = (reduction, output) if reduction_first else (output, reduction)
+        return cls(shape, batch, first, second, reduction_first)
 
     @property
     def batch(self) -> int:
@@ -141,6 +201,16 @@ class MatrixView:
         """Size of the other side."""
         return _size(self.shape, self.other_axes)
 
+    @property
+    def sum_axis(self) -> int:
+        """The axis of one matrix (m, n) that the layer sums over: 0, or 1 where its output side is projected."""
+        return 0 if self.reduction_first else 1
+
+    @property
+    def flipped(self) -> bool:
+        """Whether the leaf holds Gᵀ: its projected side comes after the other one in memory."""
+        return self.other_axes < self.projected_axes
+
     def fold(self, x: jax.Array) -> jax.Array:
         """`x` as (b, m, n), in its own dtype."""
         return jnp.transpose(x, self._order).reshape(self.batch, self.m, self.n)
@@ -150,9 +220,13 @@ class MatrixView:
         back = sorted(range(len(self.shape)), key=self._order.__getitem__)
         return jnp.transpose(G.reshape([self.shape[a] for a in self._order]), back)
 
+    def per_matrix(self, x: jax.Array) -> jax.Array:
+        """(b,), one number a matrix, as an array that broadcasts against the leaf."""
+        return x.reshape([size if a in self.batch_axes else 1 for a, size in enumerate(self.shape)])
+
     def product(self, P: jax.Array, N: jax.Array) -> jax.Array:
         """P N, (b, m, n), as (Nᵀ Pᵀ)ᵀ where the leaf lies so in memory: `unfold` then moves nothing."""
-        if self.other_axes < self.projected_axes:
+        if self.flipped:
             return jnp.matmul(N.mT, P.mT).mT
         return jnp.matmul(P, N)
 
@@ -176,7 +250,7 @@ def _size(shape: Shape, axes: tuple[int, ...]) -> int:
     return math.prod(shape[a] for a in axes)
 
 
-def _sides(axes: MatrixAxes, shape: Shape, leaf: str) -> list[tuple[int, ...]]:
+def sides_of(axes: MatrixAxes, shape: Shape, leaf: str) -> list[tuple[int, ...]]:
     """Both sides as tuples of axes counted from 0, checked against the shape; `leaf` is for errors."""
 
     def fail(problem: str):
@@ -198,243 +272,3 @@ def _sides(axes: MatrixAxes, shape: Shape, leaf: str) -> list[tuple[int, ...]]:
     if 0 in shape:
         raise fail("an axis has size 0")
     return sides
-
-
-# ------------------------------------------------------------------------------------------------------ classifier
-
-
-def _tail(words: str) -> str:
-    """A pattern for `words` in the last two components of a path, whatever their case and Linen's `_0`."""
-    return rf"(?i)(^|/)({words})(_\d+)?(/[^/]*)?$"
-
-
-def _largest(sizes: Shape) -> int:
-    return max(range(len(sizes)), key=lambda axis: (sizes[axis], axis))
-
-
-def _has_heads(model: int, heads: int, head_dim: int) -> bool:
-    # attention has heads * head_dim at most 4 * d; stacked (L, d, d) kernels of the same name fail by far
-    return head_dim < model and heads * head_dim <= 4 * model
-
-
-class _Rule(NamedTuple):
-    why: str
-    path: str = ""  # searched in the leaf's path
-    shape: Callable[[Shape], bool] = lambda shape: True
-    axes: Callable[[Shape], MatrixAxes | None] = lambda shape: None
-
-
-_MOE = r"(?i)(?<!shared)(?<!shared_)expert|moe[^/]*/(?!(gate|router)(/|$))([^/]*/)?[^/]*$"
-_QKV = _tail(r"(query|key|value|q|k|v|kv|qkv)(_proj)?|w[qkv]")
-_OUT = _tail(r"(out|o)(_proj)?|wo")
-_RULES = (  # the first that fits wins; the docstring of `matrix_axes` is this table in words
-    _Rule("coordinates", r"(^|/)[IJR]$", lambda s: len(s) == 3, lambda s: MatrixAxes(1, 2)),
-    _Rule("bias or scale", r"(?i)(^|[/_])(bias|scale)$|(^|/)(b\d*|gamma|beta)$"),
-    _Rule("norm", _tail(r"[^/]*norm[^/]*|ln\d*|ln_[^/]*|[^/]*_ln")),
-    _Rule("embedding", _tail(r"[^/]*embed[^/]*|([^/]*_)?emb|w[tp]e")),
-    _Rule("head", _tail(r"([^/]*_)?(lm)?head|[^/]*logits[^/]*|classifier")),
-    _Rule("fewer than 2 axes", shape=lambda s: len(s) < 2),
-    _Rule("kernel", shape=lambda s: len(s) == 2, axes=lambda s: MatrixAxes(0, 1)),
-    _Rule(
-        "convolution", _tail("[^/]*conv[^/]*"), axes=lambda s: MatrixAxes((*range(len(s) - 1),), -1)
-    ),
-    _Rule("experts", _MOE, axes=lambda s: MatrixAxes(-2, -1)),
-    _Rule(
-        "attention input",
-        _QKV,
-        lambda s: _has_heads(max(s[:-2]), *s[-2:]),
-        lambda s: MatrixAxes(_largest(s[:-2]), (-2, -1)),
-    ),
-    _Rule(
-        "attention output",
-        _OUT,
-        lambda s: _has_heads(s[-1], *s[-3:-1]),
-        lambda s: MatrixAxes((-3, -2), -1),
-    ),
-    _Rule("stacked kernels", axes=lambda s: MatrixAxes(_largest(s[:-1]), -1)),
-)
-
-
-def _classify(path: str, shape: Shape) -> tuple[MatrixAxes | None, str]:
-    rule = next(rule for rule in _RULES if re.search(rule.path, path) and rule.shape(shape))
-    axes = rule.axes(shape)
-    if axes is None or rule.why == "coordinates":
-        return axes, rule.why
-    if 0 in shape:
-        return None, "empty"
-    if min(_size(shape, side) for side in _sides(axes, shape, path)) == 1:
-        return None, "vector: one side has size 1"
-    return axes, rule.why
-
-
-# ------------------------------------------------------------------------------------------------------- overrides
-
-
-def _is_axes(x) -> bool:
-    return x is None or (hasattr(x, "reduction_axis") and hasattr(x, "output_axis"))
-
-
-def _listed(paths: Iterable[str]) -> str:
-    return ", ".join(map(repr, paths)) or "none"
-
-
-def _overridden(paths: Iterable[str], overrides, strict: bool) -> dict[str, tuple[Any, str]]:
-    """What `overrides` say about these paths, with the reason to show; silent on the leaves they leave to the rules."""
-    if overrides is None:
-        return {}
-    if _is_axes(overrides):
-        return {path: (overrides, "override") for path in paths}
-    if isinstance(overrides, Mapping) and all(
-        isinstance(k, str) and _is_axes(v) for k, v in overrides.items()
-    ):
-        return _by_pattern(paths, overrides, strict)
-    given, _ = flatten_by_path(overrides, is_leaf=_is_axes)
-    for path, axes in given.items():
-        if not _is_axes(axes):
-            raise ValueError(f"the override of leaf {path!r} is {axes!r}; give MatrixAxes or None.")
-    missing = [path for path in paths if path not in given]
-    extra = [path for path in given if path not in paths] if strict else []
-    if missing or extra:
-        raise ValueError(
-            f"the tree of overrides is not like params: it lacks {_listed(missing)} and adds "
-            f"{_listed(extra)}. Give each leaf MatrixAxes or None, or a few a dict {{regex: axes}}."
-        )
-    return {path: (given[path], "override") for path in paths}
-
-
-def _by_pattern(
-    paths: Iterable[str], patterns: Mapping[str, Any], strict: bool
-) -> dict[str, tuple[Any, str]]:
-    chosen, used = {}, set()
-    for path in paths:
-        try:
-            matches = [key for key in patterns if key == path or re.search(key, path)]
-        except re.error as error:
-            raise ValueError(f"{error.pattern!r} is no regular expression: {error}.") from error
-        used.update(matches)
-        if matches:
-            key = path if path in patterns else matches[0]
-            chosen[path] = patterns[key], f"override {key!r}"
-    idle = [key for key in patterns if key not in used]
-    if strict and idle:
-        raise ValueError(f"overrides {_listed(idle)} match no leaf. The paths: {_listed(paths)}.")
-    return chosen
-
-
-class _Decision(NamedTuple):
-    axes: MatrixAxes | None
-    why: str
-    shape: Shape
-
-
-def _decide(params, overrides, strict: bool) -> dict[str, _Decision]:
-    """Axes, reason and shape by path: what `axes_by_path`, `matrix_axes` and `describe` show a part of."""
-    leaves, _ = flatten_by_path(params)
-    chosen = _overridden(leaves, overrides(params) if callable(overrides) else overrides, strict)
-    decisions = {}
-    for path, leaf in leaves.items():
-        shape = tuple(getattr(leaf, "shape", ()))
-        axes, why = chosen[path] if path in chosen else _classify(path, shape)
-        if axes is not None:
-            sides = _sides(axes, shape, f"leaf {path!r} of shape {shape}")
-            axes = MatrixAxes(*(side[0] if len(side) == 1 else side for side in sides))
-        decisions[path] = _Decision(axes, why, shape)
-    return decisions
-
-
-def axes_by_path(params, overrides=None, *, strict: bool = True) -> dict[str, MatrixAxes | None]:
-    """`matrix_axes` as a dict by path, in tree order, axes counted from 0.
-
-    With `strict=False` overrides may speak of leaves that are not in `params`, as they do when `optax.masked` or
-    `optax.partition` has taken some away. A leaf's answer does not depend on which other leaves are there.
-    """
-    return {path: decision.axes for path, decision in _decide(params, overrides, strict).items()}
-
-
-def matrix_axes(params, overrides=None):
-    """A tree like `params` with the `MatrixAxes` of every leaf that is a matrix, and None (dense) for the others.
-
-    The first rule that fits decides. Names are looked for in the last two components of the path, whatever their case
-    and a final `_0`; d and m are the largest of the axes they could be (of equals the last), which is how a layer axis
-    L is told from them at scan axis 0 or 1.
-
-    | rule | names | shape | reduction → output |
-    |---|---|---|---|
-    | coordinates, adapters | path ends in `R`, `I` or `J` | (b, m, n) | 1 → 2 |
-    | bias or scale | ends in `bias`, `*_bias`, `scale`, `*_scale`, `b`, `b1`, `gamma`, `beta` | any | dense |
-    | norm | contains `norm`; `ln`, `ln1`, `ln_*`, `*_ln` | any | dense |
-    | embedding | contains `embed`; `emb`, `*_emb`, `wte`, `wpe` | any | dense |
-    | head | `head`, `*_head`, `lmhead`, `classifier`, contains `logits` | any | dense |
-    | fewer than 2 axes | any | (), (n,) | dense |
-    | kernel | any | (m, n) | 0 → 1 |
-    | convolution | contains `conv` | (..., c_in, c_out) | all others → -1 |
-    | experts | `expert` anywhere, not after `shared_`; `moe` above any but `gate`, `router` | (..., m, n) | -2 → -1 |
-    | attention input | `query`, `key`, `value`, `q`, `k`, `v`, `kv`, `qkv`, these with `_proj`; `wq`, `wk`, `wv` | \
-(d, heads, hd), (L, d, heads, hd), (d, L, heads, hd), (d, 3, heads, hd) | d → (-2, -1) |
-    | attention output | `out`, `o`, these with `_proj`; `wo` | (heads, hd, d), (L, heads, hd, d) | (-3, -2) → -1 |
-    | stacked kernels | any | (L, m, n), (m, L, n), ... | largest of the others → -1 |
-
-    Attention needs hd < d and heads * hd ≤ 4 d, or it counts as stacked kernels. A matrix with a side of size 1 is a
-    vector: dense. Shape cannot settle everything: an attention output stacked at axis 1, (heads, L, hd, d), is taken
-    for one at axis 0, and layers that outnumber a side for that side. `describe` shows it; an override settles it.
-
-    Args:
-        params: a tree of anything with a shape: arrays, `jax.ShapeDtypeStruct`, boxed or not.
-        overrides: None, or one of these, where axes are `MatrixAxes`, anything else with `reduction_axis` and
-            `output_axis`, or None for dense:
-
-            * a tree like `params` of axes, which decides every leaf; matched by path;
-            * a dict `{regex: axes}`: the first `re.search` on the path wins, unmatched leaves keep the rules. A key
-              that *is* a leaf's path speaks first for that leaf, so a flat tree of axes means the same either way;
-            * a function of `params` (of the updates, in `update`) that returns one of the two.
-
-    Raises:
-        ValueError: axes do not fit their leaf, a pattern matches no leaf, or a tree's paths are not those of `params`.
-
-    Example:
-        >>> params = {"up": {"kernel": jnp.ones((8, 32)), "bias": jnp.ones(32)}, "gru": jnp.ones((3, 8, 8))}
-        >>> axes = matrix_axes(params, {"gru": MatrixAxes((0, 1), 2)})
-        >>> axes["up"]
-        {'bias': None, 'kernel': MatrixAxes(reduction_axis=0, output_axis=1)}
-        >>> axes["gru"]
-        MatrixAxes(reduction_axis=(0, 1), output_axis=2)
-    """
-    _, treedef = flatten_by_path(params)
-    return treedef.unflatten(axes_by_path(params, overrides).values())
-
-
-def describe(
-    params, overrides=None, *, rank: int | None = None, side: Literal["short", "long"] = "short"
-) -> str:
-    """A table for people: each leaf's path, shape and view, whether it is projected, and the rule that said so.
-
-    With `rank` also the matrices that are too small for it are dense, as in `assemble`.
-
-    Example:
-        >>> print(describe({"q": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))}}))
-        leaf      shape      b × m × n  axes b | m | n  treatment  why
-        q/bias    (2, 4)                                dense      bias or scale
-        q/kernel  (8, 2, 4)  1 × 8 × 8  - | 0 | 1,2     projected  attention input
-        1 of 2 leaves projected: 64 of 72 parameters (88.9 %).
-    """
-    rows = [("leaf", "shape", "b × m × n", "axes b | m | n", "treatment", "why")]
-    sizes, projected = [], []
-    for path, (axes, why, shape) in _decide(params, overrides, strict=True).items():
-        sizes.append(math.prod(shape))
-        if axes is None:
-            rows.append((path, str(shape), "", "", "dense", why))
-            continue
-        view = MatrixView.of(shape, axes, side)
-        folds = (view.batch_axes, view.projected_axes, view.other_axes)
-        axis_lists = " | ".join(",".join(map(str, fold)) or "-" for fold in folds)
-        columns = (path, str(shape), f"{view.batch} × {view.m} × {view.n}", axis_lists)
-        if rank is not None and min(view.m, view.n) <= rank:
-            rows.append((*columns, "dense", "min(m, n) <= rank"))
-        else:
-            rows.append((*columns, "projected", why))
-            projected.append(math.prod(shape))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    share = 100 * sum(projected) / max(sum(sizes), 1)  # no parameters: 0 of 0 is 0 %
-    counts = f"{len(projected)} of {len(sizes)} leaves projected: {sum(projected):,} of {sum(sizes):,} parameters"
-    return "\n".join([*lines, f"{counts} ({share:.1f} %)."])

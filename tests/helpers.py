@@ -14,6 +14,7 @@ import optax_lowrank as ol
 # compiles in a third of the time of the default one, which one row is enough for.
 _small = {"rank": 2, "update_proj_gap": 3}
 _exact = {"fit": ol.svd(), **_small}
+_codes = {"bits": 8, "min_size": 4}
 OPTIMIZERS = {
     "galore": functools.partial(ol.galore, **_small),
     "galore_long_side": functools.partial(ol.galore, side="long", **_exact),
@@ -26,17 +27,22 @@ OPTIMIZERS = {
     ),
     "adarankgrad": functools.partial(ol.adarankgrad, min_rank=1, rank_step=1, **_exact),
     "gradnormlorp": functools.partial(ol.gradnormlorp, **_exact),
+    "apollo": functools.partial(ol.apollo, **_small),
+    "low_rank_muon": functools.partial(ol.low_rank_muon, rank=2),
+    "galore_8bit": functools.partial(ol.galore, state_bits=_codes, **_exact),
+    "gradnormlorp_8bit": functools.partial(ol.gradnormlorp, state_bits=_codes, **_exact),
 }
 
-# Trees as users have them. The shapes repeat, because each distinct one is compiled anew.
+# Trees as users have them; no matrix has a side as long as the vocabulary, or it would be a head. The shapes
+# repeat, because each distinct one is compiled anew.
 PROBLEMS = {
     "mlp": {
-        "embed": {"embedding": (8, 6)},
+        "embed": {"embedding": (10, 6)},
         "hidden": {"kernel": (6, 8), "bias": (8,)},
         "out": {"kernel": (8, 6), "bias": (6,)},
     },
     "transformer": {
-        "embed": {"embedding": (8, 6)},
+        "embed": {"embedding": (10, 6)},
         "layers": {"mlp": {"kernel": (2, 6, 8), "bias": (2, 8)}},
         "attention": {
             "query": {"kernel": (6, 2, 4), "bias": (2, 4)},
@@ -81,6 +87,13 @@ def compiled_step(tx):
         return optax.apply_updates(params, updates), state, updates
 
     return step
+
+
+def low_rank_state(state):
+    """The one `LowRankState` in the state of an optimizer."""
+    is_one = lambda x: isinstance(x, ol.LowRankState)
+    (found,) = filter(is_one, jax.tree.leaves(state, is_leaf=is_one))
+    return found
 
 
 @contextlib.contextmanager

@@ -1,5 +1,8 @@
 """Adapters: the formula and its gradients, any tree of weights, any optimizer."""
 
+import functools
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from flax import linen as nn, nnx
 
 import optax_lowrank as ol
 
-from .helpers import OPTIMIZERS, assert_trees_close, normal_tree
+from .helpers import OPTIMIZERS, assert_trees_close, low_rank_state, normal_tree
 
 ROUNDING = 1e-5  # float32 sums of up to 20 terms, and a few operations more
 MLP = ["hidden/kernel", "out/kernel"]
@@ -228,12 +231,13 @@ def test_nnx_model_is_unchanged():
 # Training
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if not name.endswith("8bit")])
 def test_every_optimizer_trains_an_adapter(name):
     """Factors of rank 4 projected to 2 on the long side; I has no gradient before J moves, and no basis till then."""
     W0, target = normal(8, 8), normal(8, 8, seed=1)  # square: both factors compile as one shape
     adapter = ol.adapters.init({"kernel": W0}, rank=4)
-    tx = OPTIMIZERS[name](learning_rate=0.05, scale=1.0, side="long")
+    make = functools.partial(OPTIMIZERS[name], learning_rate=0.05, side="long")
+    tx = make(scale=1.0) if "scale" in inspect.signature(make).parameters else make()
 
     def loss(adapter):
         merged = ol.adapters.merge({"kernel": W0}, adapter)
@@ -249,10 +253,9 @@ def test_every_optimizer_trains_an_adapter(name):
     for _ in range(8):
         adapter, state, value = step(adapter, state)
         losses.append(float(value))
-        ranks = {path: int(found.rank[0]) for path, found in ol.diagnostics(state).items()}
-        bases.append([ranks[f"kernel/{factor}"] for factor in "IJ"])
-    assert bases[0][0] == 0 < bases[0][1]
-    assert min(bases[1]) > 0
+        bases.append(np.asarray(low_rank_state(state).stats.last_fit))  # of I and J
+    assert bases[0].tolist() == [-1, 0]
+    assert bases[1].min() >= 0
     assert losses[-1] < 0.9 * losses[0]
     assert np.isfinite(losses).all()
 

@@ -100,6 +100,28 @@ def test_min_rank_above_the_cap_is_the_cap():
     assert ranks_of(exact(0.3, min_rank=100), G, cap=6) == 6
 
 
+def test_rank_does_not_depend_on_the_scale_of_the_gradient():
+    G = spectrum(0.8 ** np.arange(24))
+    assert {ranks_of(exact(0.1), (G * s).astype(np.float32)) for s in (1e-30, 1, 1e30)} == {6}
+    assert ranks_of(exact(0.1), np.zeros((6, 8), np.float32), cap=3) == 3  # of the exact fit
+
+
+def test_arguments_may_be_traced():
+    """A fit of arrays has no value to compare; it is a static argument all the same, equal to itself alone."""
+    G, P = jnp.asarray(spectrum(0.8 ** np.arange(24)), jnp.float32), jnp.zeros((24, 24))
+    refit = jax.jit(lambda fit, G, P: fit(jax.random.key(0), G, P), static_argnums=0)
+
+    @jax.jit
+    def rank(energy):
+        return jnp.sum(jnp.any(refit(exact(energy), G, P) != 0, axis=0))
+
+    assert [int(rank(energy)) for energy in (0.1, 0.5)] == [
+        ranks_of(exact(e), G) for e in (0.1, 0.5)
+    ]
+    fit = exact(jnp.array(0.1))
+    assert (fit == fit, fit == exact(jnp.array(0.1))) == (True, False)
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("energy", [0.2, 0.04])
 def test_randomized_fit_inflates_the_rank_by_less_than_a_step(energy, seed):
@@ -207,7 +229,7 @@ def test_steps_stay_below_one_in_a_subspace_that_is_new():
     state, update, largest = tx.init(grads[0]), jax.jit(tx.update), 0.0
     for t in range(80):
         updates, state = update(grads[t // 40], state)
-        N = state.basis["kernel"][0].T @ updates["kernel"]
+        N = state.leaves["kernel"].basis[0].T @ updates["kernel"]
         largest = max(largest, float(jnp.abs(N).max()))
     assert 0.9 < largest < 1.05
 

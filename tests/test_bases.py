@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 import optax_lowrank as ol
-from optax_lowrank.bases import CodedBasis, PairedBasis
+from optax_lowrank.bases import CodedBasis
+from optax_lowrank.linalg import dct_columns
 
 from .helpers import assert_trees_close, assert_trees_equal
 
@@ -60,10 +61,9 @@ def test_bytes_of_codes():
     P = jnp.zeros((3, 301, 7))
     eight, four = ol.InCodes(8).encode(P), ol.InCodes(4).encode(P)
     assert isinstance(eight, CodedBasis)
-    assert isinstance(four, PairedBasis)
     assert (eight.codes.shape, eight.block_scale.shape) == ((3, 301, 7), (3, 2, 7))
-    assert (four.pairs.shape, four.block_scale.shape) == ((3, 151, 7), (3, 3, 7))
-    assert {x.dtype for x in (eight.codes, four.pairs)} == {jnp.dtype(jnp.uint8)}
+    assert (four.codes.shape, four.block_scale.shape) == ((3, 301, 7), (3, 3, 7))  # an odd length
+    assert ol.InCodes(4).encode(P[:, :300]).codes.shape == (3, 150, 7)
 
 
 @coded
@@ -103,10 +103,8 @@ def train(store, steps=5):
 
 
 def optimizer(store):
-    part = functools.partial(
-        ol.low_rank, rank=6, fit=ol.svd(), refresh=ol.every(3), basis_store=store
-    )
-    return part(part(ol.rotated(optax.trace(0.9)), side="long"), scale=0.1)
+    options = {"rank": 6, "fit": ol.svd(), "refresh": ol.every(3), "side": "both"}
+    return ol.low_rank(ol.rotated(optax.trace(0.9)), scale=0.1, basis_store=store, **options)
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -134,7 +132,8 @@ def test_a_step_without_refit_keeps_the_codes_bit_for_bit(bits):
     _, state = train(ol.InCodes(bits))
     grads = gradients(5)[4]
     _, after = jax.jit(optimizer(ol.InCodes(bits)).update)(grads, state, grads)
-    assert_trees_equal(state.basis, after.basis)
+    for path, leaf in state.leaves.items():
+        assert_trees_equal(leaf.basis, after.leaves[path].basis)
 
 
 @coded
@@ -145,7 +144,7 @@ def test_resize_compact_and_report(bits):
     assert report.state == sum(x.nbytes for x in jax.tree.leaves(state))
     smaller = ol.resize(tx, state, grads, 4)
     assert ol.diagnostics(smaller)["stack"].rank.tolist() == [4, 4, 4]
-    assert ol.diagnostics(smaller)["kernel/R"].rank.tolist() == [4]
+    assert {x.shape[-1] for x in jax.tree.leaves(smaller.leaves["kernel"].basis)} == {4}
     wider = ol.resize(tx, smaller, grads, 6)
     assert ol.diagnostics(wider)["kernel"].rank.tolist() == [4]
     assert jax.tree.map(jnp.shape, wider) == jax.tree.map(jnp.shape, state)
@@ -161,7 +160,7 @@ def test_compaction_cuts_codes(bits):
     before, state = jax.jit(tx.update)(grads, tx.init(grads))
     small = ol.compact(tx, state, grads, multiple_of=2)
     assert ol.diagnostics(small)["kernel"].rank.tolist() == [6]
-    assert jax.tree.leaves(small.basis["kernel"])[-1].shape[2] == 6
+    assert jax.tree.leaves(small.leaves["kernel"].basis)[-1].shape[2] == 6
     assert_trees_close(jax.jit(tx.update)(grads, small)[0], before, 1e-4)
 
 
@@ -190,3 +189,70 @@ def test_codes_in_an_nnx_optimizer():
     nnx.jit(lambda model, wrapped, grads: wrapped.update(model, grads))(model, wrapped, grads)
     assert ol.diagnostics(wrapped.opt_state)["kernel"].rank.tolist() == [4]
     assert ol.resize(tx, wrapped.opt_state, grads, 2) is not None
+
+
+# Bases that are not stored
+
+IMPLICIT = {"seeded": ol.seeded(), "dct": ol.dct()}
+implicit = pytest.mark.parametrize("fit", IMPLICIT.values(), ids=IMPLICIT)
+read = jax.jit(
+    lambda basis, stored, key, m, r: basis.read(stored, key, m, r, jnp.float32),
+    static_argnums=(0, 3, 4),
+)
+
+
+@implicit
+@pytest.mark.parametrize("shape", [(300, 12), (47, 47), (129, 3)], ids=str)
+def test_what_is_made_anew_is_orthonormal(fit, shape):
+    """And the same for the same key and stored columns."""
+    m, r = shape
+    key, G = (
+        jax.random.key(3),
+        jnp.asarray(np.random.default_rng(0).standard_normal((m, 20)), jnp.float32),
+    )
+    stored, good = fit.refit(key, G, jnp.zeros(shape))
+    P = read(fit, stored, key, m, r)
+    assert good
+    assert P.shape == shape
+    np.testing.assert_allclose(P.T @ P, np.eye(r), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(P, read(fit, stored, key, m, r))
+
+
+def test_seeds_of_matrices_and_refits_differ():
+    bases = [read(ol.seeded(), (), jax.random.key(seed), 40, 5) for seed in range(4)]
+    for i, P in enumerate(bases):
+        assert all(np.abs(P - other).max() > 0.01 for other in bases[:i])
+
+
+def test_dct_takes_the_columns_that_hold_most():
+    """A gradient made of the columns 3, 17 and 8, strongest first, and a little of 1."""
+    columns = dct_columns(24, jnp.array([3, 17, 8, 1]), jnp.float32)
+    G = columns @ jnp.diag(jnp.array([4.0, 3.0, 2.0, 0.1])) @ jnp.eye(4, 30)
+    stored, _ = ol.dct().refit(jax.random.key(0), G, jnp.zeros((24, 3)))
+    assert stored.tolist() == [[3, 17, 8]]
+
+
+@implicit
+@pytest.mark.parametrize("side", ["short", "both"])
+def test_between_refits_the_basis_is_that_of_the_refit(fit, side):
+    """The identity projects: a gradient and its update have the same update as long as the basis stands."""
+    tx = ol.low_rank(optax.identity(), rank=6, fit=fit, refresh=ol.every(2), side=side)
+    grads, update = gradients(3), jax.jit(tx.update)
+    first, state = update(grads[0], tx.init(grads[0]))
+    leaves, treedef = jax.tree.flatten(state)  # nothing but arrays is remembered
+    copy = treedef.unflatten(jnp.asarray(np.array(x)) for x in leaves)
+    again, _ = update(first, copy)
+    assert_trees_close(again, first, 1e-4)
+    _, state = update(grads[1], state)
+    moved, _ = update(first, state)  # a refit
+    if fit == ol.seeded():
+        assert jnp.linalg.norm(moved["kernel"] - first["kernel"]) > 0.1 * jnp.linalg.norm(
+            first["kernel"]
+        )
+
+
+@pytest.mark.parametrize(("fit", "a_basis"), [("seeded", 0), ("dct", 4 * 8)])
+def test_bytes_of_what_is_made_anew(fit, a_basis):
+    shapes = {"stack": jax.ShapeDtypeStruct((3, 64, 96), jnp.float32)}
+    report = ol.memory_report(ol.galore(0.1, rank=8, fit=IMPLICIT[fit]), shapes)
+    assert report.arrays == 3 * (2 * 4 * 8 * 96 + a_basis)

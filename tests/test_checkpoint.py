@@ -19,22 +19,19 @@ SAVED, STEPS = 2, 8
 small = functools.partial(ol.galore, 0.1, rank=2, update_proj_gap=3)
 
 
-def two_sided(part):
-    project = functools.partial(ol.low_rank, rank=2, fit=ol.svd(), refresh=ol.every(3))
-    return ol.assemble(project(project(part, side="long")), 0.1, rank=2)
-
-
 def staggered():
     refresh = ol.every(3, stagger=True)
-    residual = optax.trace(0.9)  # state of the residual's size
-    core = ol.low_rank(optax.scale_by_lion(), rank=2, refresh=refresh, residual=residual)
+    core = ol.low_rank(optax.scale_by_lion(), rank=2, refresh=refresh, fit=ol.dct())
     return ol.assemble(core, 0.1, rank=2)
 
 
 OPTIMIZERS = {
     "galore": small,
     "warm_start": functools.partial(small, fit=ol.subspace_iteration(), mu_dtype=jnp.bfloat16),
-    "two_sided": functools.partial(two_sided, ol.scale_by_rotated_adam()),
+    "two_sided": functools.partial(small, side="both", rotate_moments=True, fit=ol.svd()),
+    "seeded_in_codes": functools.partial(
+        small, fit=ol.seeded(), state_bits={"bits": 8, "min_size": 1, "stochastic": True}
+    ),
     "staggered": staggered,
     "multi_steps": lambda: optax.MultiSteps(small(), every_k_schedule=2),
 }

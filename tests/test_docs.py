@@ -13,7 +13,10 @@ import pytest
 
 import optax_lowrank
 
-MODULES = [module.name for module in pkgutil.iter_modules(optax_lowrank.__path__)]
+MODULES = [
+    module.name.removeprefix("optax_lowrank.")
+    for module in pkgutil.walk_packages(optax_lowrank.__path__, "optax_lowrank.")
+]
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -27,7 +30,7 @@ def test_docstrings(name):
 def test_every_public_function_has_an_example():
     public = [getattr(optax_lowrank, n) for n in dir(optax_lowrank) if not n.startswith("_")]
     functions = [f for f in public if callable(f) and not isinstance(f, type)]
-    assert len(functions) > 20
+    assert len(functions) > 30
     assert [f.__name__ for f in functions if "Example" not in (f.__doc__ or "")] == []
 
 

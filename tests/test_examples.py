@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
@@ -22,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import compare
 import llama
 import pretrain_llama
+import steps
 import text
 
 from .helpers import compilation_cache
@@ -138,6 +142,120 @@ def test_compacted_run_releases_memory_and_continues_bit_for_bit(corpus, tmp_pat
     assert_continues_as(whole, run, [*arguments, f"--out={run}"], monkeypatch)
 
 
+@pytest.fixture
+def two_layers(monkeypatch):
+    config = dataclasses.replace(llama.SIZES["tiny"], layers=2)
+    monkeypatch.setitem(llama.SIZES, "tiny", config)
+
+
+LAYERWISE = {
+    "fira": ["--optimizer=fira"],
+    "accumulated in 8 bits": ["--optimizer=galore", "--state-bits=8", "--accumulate=2"],
+    "gradnormlorp": ["--optimizer=gradnormlorp", "--weight-decay=0.1"],
+    "adamw": ["--optimizer=adamw"],
+}
+
+
+@pytest.mark.parametrize("name", LAYERWISE)
+def test_layerwise_run_takes_the_same_steps(name, corpus, tmp_path, two_layers):
+    """With fits that draw nothing: a layer's sketches are those of its paths, which are equal here."""
+    arguments = [*TINY, *LAYERWISE[name], "--fit=svd", "--clip=0", f"--corpus={corpus}"]
+    curves = []
+    for more in ([], ["--layerwise"]):
+        out = tmp_path / f"run{len(curves)}"
+        result = pretrain_llama.main([*arguments, *more, f"--out={out}"])
+        curves.append([*losses(out).values(), result["valid_loss"]])
+    assert curves[0][-1] < curves[0][0] - 0.2
+    np.testing.assert_allclose(curves[1], curves[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [*pretrain_llama.aliases(), "adamw", "muon"])
+def test_every_optimizer_has_a_layerwise_step(optimizer):
+    """Traced, not run: parameters and state come out as they went in."""
+    bits = [] if optimizer == "muon" else ["--state-bits=8"]
+    options = [f"--optimizer={optimizer}", "--dtype=bfloat16", "--layerwise", *bits]
+    args = pretrain_llama.parse([*TINY, *options])
+    step = pretrain_llama.make_step(args, pretrain_llama.model_config(args))
+    state = steps.TrainState(step.shapes, jax.eval_shape(step.init, step.shapes))
+    tokens = jax.ShapeDtypeStruct((4, 33), jnp.int32)
+    after, loss = jax.eval_shape(step, state, tokens, jax.eval_shape(lambda: jax.random.key(0)))
+    assert loss.shape == ()
+    like = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert like(after) == like(state)
+
+
+def test_interrupted_layerwise_run_continues_bit_for_bit(corpus, tmp_path, monkeypatch, two_layers):
+    """In bfloat16, whose stochastic rounding goes by the number of the step."""
+    options = ["--layerwise", "--state-bits=8", "--dtype=bfloat16", f"--corpus={corpus}"]
+    whole = tmp_path / "whole"
+    pretrain_llama.main([*TINY, *options, f"--out={whole}"])
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    bases = [record["bases"] for record in records if "bases" in record]
+    assert bases[-1]["layers/1/attention/q_proj/kernel"]["rank"] == [8]
+    assert (whole / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    run = tmp_path / "run"
+    assert_continues_as(whole, run, [*TINY, *options, f"--out={run}"], monkeypatch)
+
+
+def test_stacked_parameters_are_those_of_the_model():
+    config = dataclasses.replace(llama.SIZES["tiny"], layers=3)
+    params = llama.init_params(config, seed=1)
+    step = steps.LayerWise(config, optax.sgd(1.0))
+    stacked = step.init_params(seed=1)
+    jax.tree.map(np.testing.assert_array_equal, stacked, step.place(params))
+    np.testing.assert_array_equal(
+        stacked.layers["mlp"]["up_proj"]["kernel"][2],
+        params["layers"][2]["mlp"]["up_proj"]["kernel"],
+    )
+
+
+def test_cross_entropy_in_pieces_is_the_whole_one():
+    x = jax.random.normal(jax.random.key(0), (2, 7, 8))
+    head = jax.random.normal(jax.random.key(1), (8, 50))
+    targets = jax.random.randint(jax.random.key(2), (2, 7), 0, 50)
+
+    def loss(head, x, piece):
+        return llama.cross_entropy(lambda rows: rows @ head, x, targets, 50, piece)
+
+    def plain(head, x):
+        logits = jax.nn.log_softmax(x @ head)
+        return -jnp.take_along_axis(logits, targets[..., None], -1).mean()
+
+    expected = jax.value_and_grad(plain, argnums=(0, 1))(head, x)
+    for piece in (10_000, 200):  # whole; four rows at a time, the last piece padded
+        got = jax.value_and_grad(loss, argnums=(0, 1))(head, x, piece)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
+
+
+def test_attention_in_blocks_is_the_whole_one():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 12, 2, 8))
+    weights = jax.random.normal(jax.random.key(1), q.shape)
+    loss = lambda piece, *qkv: jnp.sum(weights * llama.causal_attention(*qkv, piece))
+    expected = jax.value_and_grad(functools.partial(loss, 10_000), argnums=(0, 1, 2))(q, k, v)
+    got = jax.value_and_grad(functools.partial(loss, 150), argnums=(0, 1, 2))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
+
+
+def test_memory_prints_a_plan(capsys):
+    pretrain_llama.main(["--size=130m", "--state-bits=8", "--memory", "--budget=0.5GB"])
+    table = capsys.readouterr().out
+    assert re.search(r"fira +192 +8 +layer-wise .* yes \(best\)", table)
+    assert re.search(r"adamw +- +8 +whole .* no", table)
+
+
+def test_compiled_peak(capsys, monkeypatch, tmp_path):
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS", "TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # `targets` sets them
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "")
+    arguments = [*TINY, "--optimizer=adamw", "--compile-only", f"--out={tmp_path / 'run'}"]
+    result = pretrain_llama.main(arguments)
+    assert result["peak_bytes"] > 3 * result["parameter_bytes"]  # and two moments
+    assert "compiled, not run" in capsys.readouterr().out
+    assert pretrain_llama.main([*arguments, "--target=abacus"])["peak_bytes"] is None
+    assert "--target abacus is skipped" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 def test_bpe_run(corpus, tmp_path):
     options = ["--optimizer=adamw", "--tokenizer=bpe", "--vocab-size=300", "--dtype=bfloat16"]
     result = pretrain_llama.main([*TINY, *options, f"--corpus={corpus}", f"--out={tmp_path}"])
@@ -171,7 +289,13 @@ def test_compare_writes_table_and_figure_and_repeats_nothing(corpus, tmp_path, m
     [
         (["--optimizer=sgd"], "sgd: unknown. There is .*galore.*adamw"),
         (["--rank=0"], "--rank must be at least 1, got 0"),
-        (["--size=7b"], "invalid choice: '7b'"),
+        (["--size=70b"], "invalid choice: '70b'"),
+        (["--layerwise", "--optimizer=contrib-galore"], "--layerwise: optax.contrib.galore fails"),
+        (["--layerwise", "--compact-every=5"], "--compact-every: with --layerwise"),
+        (["--layerwise", "--accumulate=2", "--optimizer=adamw"], "--accumulate: adamw has no"),
+        (["--accumulate=2"], "fira: .*residual needs whole gradients"),
+        (["--accumulate=3"], "must divide --batch-size 4"),
+        (["--state-bits=8", "--optimizer=muon"], "--state-bits: muon has no"),
         (["--option=state_bits"], "NAME=VALUE"),
         (["--corpus=nowhere.txt"], "nowhere.txt: no such file"),
         (["--seq-len=100000"], "too short"),
@@ -225,7 +349,16 @@ def test_splits_are_disjoint_and_batches_repeat():
 
 
 @pytest.mark.parametrize(
-    ("size", "millions"), [("nano", 1.06), ("60m", 58), ("130m", 134), ("350m", 368), ("1b", 1339)]
+    ("size", "millions"),
+    [
+        ("nano", 1.06),
+        ("60m", 58),
+        ("130m", 134),
+        ("350m", 368),
+        ("1b", 1339),
+        ("7b", 6738),
+        ("13b", 13016),
+    ],
 )
 def test_sizes_are_the_papers(size, millions):
     vocab = 256 if size == "nano" else 32_000

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import optax_lowrank as ol
+from optax_lowrank import linalg
+
+from .test_linalg import EXAMPLES, STRUCTURES, structured, x64
 
 FITS = {
     "svd": ol.svd(),
@@ -142,6 +145,97 @@ def test_directions_that_are_not_there_are_zero_columns_at_the_end(name, true_ra
     assert not P[:, true_rank:].any()
     # round-off of products of 18 terms, and of directions down to a hundredth of the largest
     np.testing.assert_allclose(P @ (P.T @ G), G, rtol=0, atol=1e-5)
+
+
+# float64 with fewer shapes: each is a program of its own for each fit
+CASES = [
+    *((shape, np.float32) for shape in [(1, 1, 1), (24, 40, 9), (64, 64, 64), (4096, 64, 16)]),
+    *((shape, np.float64) for shape in [(24, 40, 9), (512, 64, 16)]),
+]
+
+
+@settings(max_examples=EXAMPLES)
+@given(
+    case=st.sampled_from(CASES),
+    kind=st.sampled_from(STRUCTURES),
+    seed=st.integers(0, 2**32 - 1),
+    scaled=st.booleans(),
+)
+def test_every_finite_gradient_has_a_basis(case, kind, seed, scaled):
+    ((m, n, r), dtype), random = case, np.random.default_rng(seed)
+    G = structured(kind, random, m, n)
+    G = (G / max(np.abs(G).max(), 1e-300) if scaled else G).astype(dtype)
+    old = np.zeros((m, r), dtype)
+    with x64(dtype):
+        for name in ("svd", "randomized_svd", "subspace_iteration", "subspace_iteration"):
+            old = P = fit(name, G, r, old=old if name == "subspace_iteration" else None)
+            kept = P.any(axis=0)
+            assert P.dtype == dtype
+            gram = P.T.astype(np.float64) @ P
+            np.testing.assert_allclose(gram, np.diag(kept), rtol=0, atol=1e-4, err_msg=name)
+            assert linalg.is_orthonormal(jnp.asarray(P))
+
+
+@pytest.mark.parametrize("name", ["svd", "randomized_svd", "subspace_iteration"])
+@pytest.mark.parametrize("kind", ["constant", "block", "binary rows", "rank one", "softmax"])
+@pytest.mark.parametrize("shape", [(24, 40), (4096, 64)], ids=str)
+def test_a_gradient_of_rank_one_has_one_direction(name, kind, shape):
+    G = structured(kind, np.random.default_rng(3), *shape)
+    G = (G / np.abs(G).max()).astype(np.float32)
+    P = fit(name, G, rank=9 if shape == (24, 40) else 16)
+    assert name == "svd" or P.any(axis=0).tolist() == [True] + [False] * (P.shape[1] - 1)
+    # round-off of sums of 4096 terms
+    assert energy(P[:, :1], G) >= (1 - 1e-5) * np.square(G, dtype=np.float64).sum()
+
+
+def test_subspace_iteration_finds_a_gradient_that_has_left_the_basis():
+    """Wholly, in one direction of a mixture of them, and a gradient that has no direction more to give."""
+    random = np.random.default_rng(0)
+    U = np.linalg.qr(random.standard_normal((24, 24)))[0]
+    for rows, more in (((4, 8), 4), ((2, 6), 4), ((6, 8), 2)):
+        G = (U[:, slice(*rows)] @ random.standard_normal((rows[1] - rows[0], 40))).astype(
+            np.float32
+        )
+        old = (U[:, :4] @ np.linalg.qr(random.standard_normal((4, 4)))[0]).astype(np.float32)
+        P = fit("subspace_iteration", G, rank=4, old=old)
+        assert P.any(axis=0).sum() == more
+        assert energy(P, G) >= (1 - 1e-5) * np.square(G).sum()
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_every_product_has_full_precision(name):
+    """The default is TF32 on a GPU and bfloat16 on a TPU."""
+    jaxpr = jax.make_jaxpr(ol.adaptive_rank(FITS[name]))(KEY, jnp.ones((12, 20)), jnp.ones((12, 4)))
+    found = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+    assert found
+    highest = jax.lax.Precision.HIGHEST
+    assert all(eqn.params["precision"] == (highest, highest) for eqn in found)
+
+
+MAKERS = [
+    ol.svd,
+    ol.randomized_svd,
+    lambda: ol.randomized_svd(power_iterations=2),
+    ol.subspace_iteration,
+    ol.gaussian,
+    lambda: ol.adaptive_rank(ol.svd()),
+    lambda: ol.adaptive_rank(ol.svd(), min_rank=4),
+]
+
+
+def test_fits_of_equal_arguments_are_equal():
+    """So that one that is made anew is no reason to compile anew."""
+    first, second = ([make() for make in MAKERS] for _ in range(2))
+    assert first == second
+    assert len({*first, *second}) == len(MAKERS)
 
 
 def test_subspace_iteration_tracks_a_moving_subspace():

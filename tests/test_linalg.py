@@ -1,12 +1,14 @@
 """One-matrix maths: bases are orthonormal whatever they are made of, and agree with LAPACK in float64."""
 
 import contextlib
+import functools
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from optax_lowrank import linalg
 
@@ -56,6 +58,69 @@ def assert_orthonormal_or_zero(Q, rank):
     # the bound that the core promises for its bases
     np.testing.assert_allclose(gram, np.diag(kept), rtol=0, atol=1e-5)
     assert not Q[:, ~kept].any()
+
+
+def structured(kind, random, m, n):
+    """A float64 matrix as gradients can be, where rounding errors do not average out."""
+    binary = random.choice([0.0, 1.0], (m, 1))
+    normal = random.standard_normal((m, n))
+    match kind:
+        case "constant":
+            return np.full((m, n), random.uniform(-1, 1))
+        case "nearly constant":
+            return np.ones((m, n)) + 10.0 ** random.uniform(-8, -2) * normal
+        case "sign":
+            return np.sign(normal)
+        case "block":
+            G = np.zeros((m, n))
+            G[: random.integers(m) + 1, : random.integers(n) + 1] = 1
+            return G
+        case "binary rows":
+            return binary * normal[:1]
+        case "rank one":
+            return normal[:, :1] * normal[:1]
+        case "low rank":
+            k = random.integers(min(m, n)) + 1
+            return normal[:, :k] @ random.standard_normal((k, n))
+        case "graded":
+            k = min(m, n)
+            falling = 10.0 ** -random.uniform(0, 12 * np.linspace(0, 1, k))
+            return with_singular_values(random, m, n, falling)
+        case "toeplitz":
+            diagonals = random.standard_normal(m + n).cumsum()
+            return diagonals[np.subtract.outer(np.arange(m), np.arange(n)) + n]
+        case "geometric":
+            return random.uniform(0.5, 1) ** np.abs(np.subtract.outer(np.arange(m), np.arange(n)))
+        case "equal columns":
+            return normal[:, random.integers(n, size=n)]
+        case "equal rows":
+            return normal[random.integers(m, size=m)]
+        case "mixed columns":
+            return normal * 10.0 ** random.uniform(-30, 30, (1, n))
+        case "mixed rows":
+            return normal * 10.0 ** random.uniform(-30, 30, (m, 1))
+        case "mixed entries":
+            return normal * 10.0 ** random.uniform(-30, 30, (m, n))
+        case "two scales":
+            return (
+                normal * np.where(np.arange(m) < m // 2, 1, 10.0 ** -random.uniform(1, 8))[:, None]
+            )
+        case (
+            "softmax"
+        ):  # a zero-initialized layer of n classes, binary features, examples of one class
+            features = random.choice([0.0, 1.0], (m, 8))
+            return features @ np.tile(1 / n - (np.arange(n) == random.integers(n)), (8, 1)) / 8
+        case "zero":
+            return np.zeros((m, n))
+
+
+STRUCTURES = [
+    *("constant", "nearly constant", "sign", "block", "binary rows", "rank one", "low rank"),
+    *("graded", "toeplitz", "geometric", "equal columns", "equal rows", "mixed columns"),
+    *("mixed rows", "mixed entries", "two scales", "softmax", "zero"),
+]
+# `EXAMPLES=20000 pytest tests/test_linalg.py tests/test_fits.py` looks harder
+EXAMPLES = int(os.environ.get("EXAMPLES", "200"))
 
 
 # Signs
@@ -114,6 +179,62 @@ def test_orthonormalize_of_equal_and_zero_columns(shape, dtype):
     assert_orthonormal_or_zero(call(orthonormalize, np.ones(shape, dtype)), rank=1)
     one_left = np.eye(*shape, dtype=dtype) * (np.arange(shape[1]) == 0)
     assert_orthonormal_or_zero(call(orthonormalize, one_left.astype(dtype)), rank=1)
+
+
+@settings(max_examples=EXAMPLES)
+@given(shape=shapes, dtype=dtypes, seed=seeds, kind=st.sampled_from(STRUCTURES))
+def test_orthonormalize_of_structured_matrices(shape, dtype, seed, kind):
+    Y = structured(kind, np.random.default_rng(seed), *shape).astype(dtype)
+    Q = call(orthonormalize, Y)
+    kept = Q.any(axis=0)
+    assert_orthonormal_or_zero(Q, kept.sum())
+    # what is lost of a column is round-off of its own length, be it 1e-30 or 1e30
+    Y = Y.astype(np.float64) / np.maximum(np.abs(Y).max(axis=0), np.finfo(dtype).tiny)
+    length = np.linalg.norm(Y, axis=0)
+    lost = np.linalg.norm(Y - Q @ (Q.T @ Y), axis=0)
+    assert (lost <= 100 * EPS[dtype] * np.sqrt(shape[1]) * length).all()
+
+
+@pytest.mark.parametrize("shape", [(512, 256), (65_536, 8)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [("constant", 1), ("block", 1), ("binary rows", 1), ("sign", None), ("equal columns", None)],
+)
+def test_orthonormalize_of_many_rows(shape, kind, rank):
+    """The round-off of a Gram matrix of m rows that are alike grows with m."""
+    Y = structured(kind, np.random.default_rng(1), *shape).astype(np.float32)
+    rank = rank or len(np.unique(Y, axis=1).T)
+    assert_orthonormal_or_zero(call(orthonormalize, Y), rank)
+
+
+def test_round_off_is_measured_by_each_column_or_by_the_longest():
+    Y = np.diag([1.0, 1e-20, 0.0, 1e30]).astype(np.float32)[:, :3]
+    assert call(linalg.orthonormalize, Y).any(axis=0).tolist() == [True, True, False]
+    of_longest = functools.partial(linalg.orthonormalize, of_longest=True)
+    assert call(of_longest, Y).any(axis=0).tolist() == [True, False, False]
+
+
+def test_is_orthonormal():
+    Q = orthonormal(np.random.default_rng(0), 12, 4).astype(np.float32)
+    zero = np.where(np.arange(4) < 3, Q, 0)
+    bad = [np.nan * Q, np.where(zero == 0, np.inf, Q), 1.01 * Q, Q[:, [0, 1, 2, 2]], zero + 1e-2]
+    assert all(linalg.is_orthonormal(jnp.asarray(P)) for P in (Q, zero, 0 * Q, (1 + 1e-4) * Q))
+    assert not any(linalg.is_orthonormal(jnp.asarray(P)) for P in bad)
+    assert linalg.is_orthonormal(jnp.asarray(1.01 * Q), tol=0.1)
+
+
+def test_orthonormalize_needs_no_eigendecomposition():
+    """One takes minutes to compile on a TPU."""
+    found = str(jax.make_jaxpr(linalg.orthonormalize)(jnp.ones((6, 3))))
+    assert "cholesky" in found
+    assert not any(name in found for name in ("eigh", "qr[", "svd["))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_eigendecomposition_of_each_platform(platform):
+    export = jax.export.export(jax.jit(linalg.left_singular_vectors), platforms=[platform])
+    module = export(jax.ShapeDtypeStruct((12, 4), jnp.float32)).mlir_module()
+    assert ("Eigh" in module) == (platform == "tpu")  # Jacobi; the default there is "Qdwh", in HLO
 
 
 @given(shape=shapes, dtype=dtypes, seed=seeds, data=st.data())

@@ -1,5 +1,6 @@
 """The memory table of LLaMA-7B: what each accounting gives."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -35,4 +36,14 @@ def test_rank_that_saves_what_the_paper_says():
 def test_table(capsys, monkeypatch):
     monkeypatch.setattr(memory_7b, "largest_rank", lambda *_, **__: 8)
     memory_7b.main(["--rank", "512"])
-    assert "| 512 | 8-bit moments, 4-bit bases |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| 512 | 8-bit moments, 4-bit bases |" in printed
+    assert re.search(r"galore +512 +8 +layer-wise .* yes", printed)
+    assert re.search(r"adamw +- +- +whole .* no", printed)
+
+
+def test_galore_and_adamw_are_what_the_paper_prints():
+    """Within the papers' rounding, and their estimates of a state: bfloat16 scales, no float32 block scales."""
+    cells = [line.split(" | ") for line in memory_7b.papers_table().splitlines()[2:]]
+    for row in cells[:4]:
+        assert float(row[2]) == pytest.approx(float(row[4].split()[0]), rel=0.08), row

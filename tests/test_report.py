@@ -16,7 +16,6 @@ from .helpers import OPTIMIZERS, PROBLEMS, gradients, normal_tree, run
 SVD = ol.svd()
 galore = functools.partial(ol.galore, 0.1, rank=2, update_proj_gap=3, fit=SVD)
 PROJECTED = {"hidden/kernel", "out/kernel"}
-STATIC = ol.INJECT_STATIC_ARGS
 
 
 @functools.lru_cache
@@ -42,12 +41,12 @@ def test_diagnostics_of_a_run():
 WRAPPERS = {
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1e9), galore()),
     "partition": lambda: optax.partition(
-        {"a": galore(), "b": galore()}, {"embed": "a", "hidden": "a", "out": "b"}
+        {"a": galore(), "b": galore()}, {"embed": "a", "hidden": "b", "out": "a"}
     ),
     "masked": lambda: optax.masked(galore(), {"embed": True, "hidden": True, "out": True}),
     "multi_steps": lambda: optax.MultiSteps(galore(), every_k_schedule=1),
     "apply_if_finite": lambda: optax.apply_if_finite(galore(), 3),
-    "inject": lambda: optax.inject_hyperparams(ol.galore, STATIC)(
+    "inject": lambda: ol.inject_hyperparams(ol.galore)(
         learning_rate=0.1, rank=2, update_proj_gap=3, fit=SVD
     ),
 }
@@ -87,17 +86,28 @@ def test_diagnostics_of_an_nnx_optimizer():
 
 def test_diagnostics_of_two_sides_and_of_stacks():
     grad = {"stack": jnp.asarray(np.random.default_rng(0).standard_normal((3, 6, 9)), jnp.float32)}
-    tx = ol.low_rank(ol.low_rank(optax.identity(), rank=2, fit=SVD, side="long"), rank=4, fit=SVD)
+    tx = ol.low_rank(optax.identity(), rank=4, fit=SVD, side="both")
     _, state = jax.jit(tx.update)(grad, tx.init(grad))
-    report = ol.diagnostics(state)
-    assert report["stack"].rank.tolist() == [4, 4, 4]
-    assert report["stack/R"].rank.tolist() == [2, 2, 2]
+    assert ol.diagnostics(state)["stack"].rank.tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("basis", "rank"), [(ol.dct(), 2), (ol.seeded(), -1)], ids=["dct", "seeded"]
+)
+def test_diagnostics_of_bases_that_are_not_stored(basis, rank):
+    tx, grad = galore(fit=basis), {"kernel": jnp.eye(6, 9)}
+    state = tx.init(grad)
+    assert ol.diagnostics(state)["kernel"].rank.tolist() == [min(rank, 0)]
+    _, state = jax.jit(tx.update)(grad, state)
+    report = ol.diagnostics(state)["kernel"]
+    assert (report.rank.tolist(), report.steps_since_refresh.tolist()) == ([rank], [0])
 
 
 def test_diagnostics_of_states_without_bases():
     params = normal_tree("mlp", seed=0)
     assert ol.diagnostics(optax.adam(0.1).init(params)) == {}
-    assert ol.diagnostics(galore().init(normal_tree("no_matrix", seed=0))) == {}
+    with pytest.warns(UserWarning, match="no leaf is projected"):
+        assert ol.diagnostics(galore().init(normal_tree("no_matrix", seed=0))) == {}
 
 
 def test_diagnostics_may_be_traced():
@@ -113,6 +123,7 @@ def nbytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.filterwarnings("ignore:no leaf is projected")
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "adamw", "sgd"])
 def test_bytes_are_those_of_a_real_state(optimizer, problem):
@@ -134,6 +145,41 @@ def test_bytes_of_smaller_dtypes():
     assert report.state == nbytes(galore(mu_dtype=jnp.bfloat16).init(params))
     assert report.parameters == nbytes(params)
     assert report.adamw == 2 * nbytes(params)
+
+
+AWKWARD = ("mu", "nu", "matrix", "dense", "basis", "rule", "leaves", "stats", "count", "mu/w", "w")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"state_bits": {"bits": 8, "min_size": 1}, "b1": 0.8},
+        {"accumulate": 2},
+        {"side": "both"},
+        {"fit": ol.seeded()},
+    ],
+    ids=["plain", "codes", "accumulated", "two_sided", "seeded"],
+)
+def test_bytes_go_to_the_leaf_that_they_belong_to(options):
+    """Whatever leaves are called: each has what it has alone in its tree."""
+    tx = galore(**options)
+    shape = jax.ShapeDtypeStruct((6, 8), jnp.float32)
+    bias = jax.ShapeDtypeStruct((9,), jnp.float32)
+    groups = ol.memory_report(tx, {name: shape for name in AWKWARD} | {"inner": bias}).groups
+    (want,) = ol.memory_report(tx, {"kernel": shape}).groups.values()
+    assert groups == {name: want for name in AWKWARD} | {"inner": groups["inner"]}
+    assert groups["inner"].arrays >= 2 * (1 if "state_bits" in options else 4) * 9
+
+
+def test_bytes_of_an_nnx_optimizer():
+    model = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
+    state = nnx.Optimizer(model, galore(), wrt=nnx.Param).opt_state
+    params = nnx.state(model, nnx.Param)
+    plain = {"kernel": jnp.ones((6, 8)), "bias": jnp.ones(8)}
+    assert (
+        ol.memory_report(galore(), params, state).groups == ol.memory_report(galore(), plain).groups
+    )
 
 
 def test_layers_that_differ_in_a_number_are_one_group():
@@ -159,8 +205,8 @@ def test_table():
 leaves                              count  parameters  optimizer state  AdamW's    ratio
 bias                     dense          1          12               24       24  100.0 %
 layers/*/kernel          projected  1,000     384,000          256,000  768,000   33.3 %
-counters and statistics                                         21,012
-total bytes                                   384,012          277,036  768,024   36.1 %
+counters and statistics                                         26,012
+total bytes                                   384,012          282,036  768,024   36.7 %
 gradients                                     384,012
 """.strip()
     )

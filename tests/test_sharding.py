@@ -188,19 +188,19 @@ def test_state_shardings(mesh):
     places = ol.state_shardings(tx, params, shardings)
     state = jax.jit(tx.init, out_shardings=places)(params)
     core = state[0].inner_states["matrix"].inner_state
-    specs = lambda arrays: {name: x.sharding.spec for name, x in arrays.items()}
+    leaves = core.leaves
     # a (16, 24) kernel is projected on axis 0, and so is the square one; "down" on axis 1, which lies everywhere
-    assert specs(core.basis) == {
+    assert {path: leaf.basis.sharding.spec for path, leaf in leaves.items()} == {
         "up": P(None, "x", None),
         "down": P(None, None, None),
         "both": P(None, "y", None),
         "stack": P("x", None, None),
     }
-    assert specs(core.inner.mu) == {
-        "up/R": P(None, None, None),
-        "down/R": P(None, None, "x"),
-        "both/R": P(None, None, "x"),
-        "stack/R": P("x", None, "y"),
+    assert {path: leaf.rule.moments.mu.sharding.spec for path, leaf in leaves.items()} == {
+        "up": P(None, None, None),
+        "down": P(None, None, "x"),
+        "both": P(None, None, "x"),
+        "stack": P("x", None, "y"),
     }
     updates, after = jax.jit(tx.update)(grads, state, params)
     one_device, _ = jax.jit(tx.update)(GRADS[0], tx.init(PARAMS), PARAMS)
@@ -212,6 +212,57 @@ def test_state_shardings(mesh):
             after[0].inner_states["matrix"],
         )
         assert all(jax.tree.leaves(stayed))
+
+
+def test_state_shardings_of_large_and_awkward_arrays():
+    """A Fisher history, codes and their scales, two sides, names of layers that are those of state fields."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    params = {
+        name: jax.ShapeDtypeStruct((16, 24), jnp.float32) for name in ("mu", "w", "basis", "rule")
+    }
+    params |= {"nu": jax.ShapeDtypeStruct((24,), jnp.float32)}
+    along = {name: NamedSharding(mesh, P("x", "y")) for name in params}
+    along["nu"] = NamedSharding(mesh, P("y"))
+
+    def specs(tx):
+        state = ol.state_shardings(tx, params, along)
+        assert jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(tx.init, params))
+        parts = state.direction.inner_states
+        dense = [x.spec for x in jax.tree.leaves(parts["dense"]) if x.spec != P()]
+        leaves = parts["matrix"].inner_state.leaves
+        found = [jax.tree.map(lambda x: x.spec, leaf) for leaf in leaves.values()]
+        assert all(leaf == found[0] for leaf in found)
+        return found[0], dense
+
+    leaf, dense = specs(ol.natural_galore(0.01, rank=4, history=2))
+    assert leaf.basis == P(None, "x", None)
+    assert leaf.rule[0].history == P(None, None, None, "y")
+    assert (leaf.rule[1].mu, leaf.rule[1].nu) == (P(None, None, "y"), P(None, None, "y"))
+    assert dense == [P("y"), P("y")]
+
+    leaf, dense = specs(ol.galore(0.01, rank=4, state_bits={"bits": 8, "min_size": 16}))
+    assert leaf.rule.inner.mu == P(None, None, "y")
+    assert leaf.rule.block_scale["mu"] == P(None, None, None)
+    assert dense == [P("y"), P("y")]
+
+    leaf, _ = specs(ol.gradnormlorp(0.01, rank=4))
+    assert leaf.basis == (P(None, "x", None), P(None, "y", None))
+    assert leaf.rule.mu == P(None, None, None)
+    assert leaf.geometry.mu == P(None, None, "y")
+
+
+def test_accumulation_keeps_places_on_an_explicit_mesh():
+    """Four micro-batches in two windows."""
+    tx = ol.galore(0.1, rank=3, update_proj_gap=1, fit=FITS["svd"], accumulate=2)
+    want, _ = run(tx, PARAMS, GRADS)
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+        params = jax.device_put(PARAMS, shardings)
+        history, _ = run(tx, params, [jax.device_put(g, shardings) for g in GRADS])
+    assert_trees_close(gathered(history), gathered(want), TOLERANCE)
+    for name, sharding in shardings.items():
+        assert history[-1][name].sharding.is_equivalent_to(sharding, history[-1][name].ndim)
 
 
 def test_state_shardings_wants_one_for_each_parameter(mesh):

@@ -1,39 +1,24 @@
-"""Views: paths are the same boxed or bare, folding loses nothing, and the rules know the layers of Flax."""
+"""Views: folding loses nothing, and a leaf has one path, boxed or bare, in whatever tree users keep it."""
 
-import re
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn, nnx
+from flax import linen as nn, nnx, struct
 from hypothesis import given, strategies as st
 
+from optax_lowrank.classify import axes_by_path
 from optax_lowrank.views import (
     MatrixAxes,
     MatrixView,
-    axes_by_path,
-    describe,
     flatten_by_path,
     leaf_path,
-    matrix_axes,
+    leaves_with_path,
 )
-
-QUERY, OUT = MatrixAxes(0, (1, 2)), MatrixAxes((0, 1), 2)
-
-
-def shaped(**shapes):
-    """A flat tree of abstract leaves; `__` in a name stands for `/`."""
-    return {
-        name.replace("__", "/"): jax.ShapeDtypeStruct(shape, jnp.float32)
-        for name, shape in shapes.items()
-    }
-
-
-def abstract(module, *inputs):
-    """The parameters of a Linen module, nothing computed."""
-    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
 @st.composite
@@ -121,6 +106,18 @@ def test_orientation(shape, side, projected, flipped):
     view = MatrixView.of(shape, axes, side)
     assert view.projected_axes == (projected,)
     assert (view.batch, view.m, view.n) == (1, shape[projected], shape[1 - projected])
+    assert view.flipped == (projected == 1)
+    if side == "short":
+        assert MatrixView.of(shape, axes, "both") == view
+
+
+@pytest.mark.parametrize("side", ["short", "long"])
+def test_product_is_that_of_the_matrices_and_unfolds_without_a_transpose(side):
+    view = MatrixView.of((5, 6, 8), MatrixAxes(1, 2), side)
+    random = np.random.default_rng(0)
+    P, N = random.standard_normal((5, view.m, 2)), random.standard_normal((5, 2, view.n))
+    np.testing.assert_allclose(view.product(P, N), P @ N, rtol=1e-4, atol=1e-5)
+    assert view.flipped == (side == "long")
 
 
 @pytest.mark.parametrize("shape", [(16, 32), (32, 32)])
@@ -168,20 +165,97 @@ def test_axes_that_do_not_fit_are_refused_by_name(axes, problem):
 def test_sizes_and_sides_that_make_no_view():
     with pytest.raises(ValueError, match="size 0"):
         MatrixView.of((0, 3), MatrixAxes(0, 1))
-    with pytest.raises(ValueError, match="side='left' must be 'short', 'long' or 'reduction'"):
+    with pytest.raises(
+        ValueError, match="side='left' must be 'short', 'long', 'reduction' or 'both'"
+    ):
         MatrixView.of((2, 3), MatrixAxes(0, 1), "left")
 
 
 # Paths
 
 
-def test_one_box_is_dropped_and_a_dict_key_value_stays():
-    keys = jax.tree_util
-    box = keys.GetAttrKey("value")
-    assert leaf_path((keys.DictKey("a"), keys.SequenceKey(0), box)) == "a/0"
-    assert leaf_path((keys.DictKey("a"), box, box)) == "a/value"
-    assert leaf_path((keys.DictKey("a"), keys.DictKey("value"))) == "a/value"
-    assert leaf_path((box,)) == leaf_path(()) == ""
+# names that optimizer states, boxes and adapters have in them, too
+AWKWARD = ["mu", "nu", "R", "I", "J", "basis", "inner", "value", "count", "trace", "magnitude"]
+LEAF = jax.ShapeDtypeStruct((6, 8), jnp.float32)
+FIELDS = [(name, Any) for name in AWKWARD]
+Tuple = NamedTuple("Tuple", FIELDS)
+Struct = type("Struct", (struct.PyTreeNode,), {"__annotations__": dict(FIELDS)})
+Dataclass = jax.tree_util.register_dataclass(dataclasses.make_dataclass("Dataclass", FIELDS))
+
+
+def named(make=lambda: LEAF):
+    return {name: make() for name in AWKWARD}
+
+
+def nnx_module():
+    module = nnx.Module()
+    for name in AWKWARD:
+        setattr(module, name, nnx.Param(jnp.ones(LEAF.shape)))
+    return module
+
+
+def equinox_module():
+    eqx = pytest.importorskip("equinox")
+    return type("Layer", (eqx.Module,), {"__annotations__": dict(FIELDS)})
+
+
+TREES = {
+    "dict": named,
+    "int keys": lambda: {i: LEAF for i in range(3)},
+    "list": lambda: [LEAF, LEAF],
+    "tuple": lambda: (LEAF, LEAF),
+    "NamedTuple": lambda: Tuple(**named()),
+    "dataclass": lambda: Dataclass(**named()),
+    "Flax struct": lambda: Struct(**named()),
+    "NNX module": nnx_module,
+    "NNX state": lambda: nnx.state(nnx_module(), nnx.Param),
+    "NNX split": lambda: nnx.split(nnx_module(), nnx.Param, ...)[1],
+    "NNX bare": lambda: nnx.as_pure(nnx.state(nnx_module(), nnx.Param)),
+    "Linen boxes": lambda: named(lambda: nn.Partitioned(LEAF, names=("in", "out"))),
+    "Equinox": lambda: equinox_module()(**named()),
+}
+
+
+@pytest.mark.parametrize("kind", TREES)
+def test_every_leaf_has_its_own_name_and_is_a_kernel(kind):
+    tree = TREES[kind]()
+    names = {"int keys": "012", "list": "01", "tuple": "01"}.get(kind, AWKWARD)
+    assert axes_by_path(tree) == {name: MatrixAxes(0, 1) for name in names}
+    assert axes_by_path({"value": tree}) == {f"value/{name}": MatrixAxes(0, 1) for name in names}
+    leaves, treedef = flatten_by_path(tree)
+    assert jax.tree.structure(treedef.unflatten(leaves.values())) == jax.tree.structure(tree)
+
+
+def test_only_boxes_lose_their_key():
+    """A box in a box, a box around a tree, and fields called `value` above and below a box."""
+    partitioned = nn.Partitioned(jnp.ones(2), names=("in",))
+    boxed = {
+        "twice": nnx.Param(partitioned),
+        "tree": nnx.Param({"value": jnp.ones(2), "w": jnp.ones(3)}),
+        "value": Dataclass(**dict.fromkeys(AWKWARD) | {"value": partitioned}),
+        "gone": nnx.Param(optax.MaskedNode()),
+    }
+    assert list(flatten_by_path(boxed)[0]) == ["tree/value", "tree/w", "twice", "value/value"]
+
+
+def test_is_leaf_stops_at_what_it_names_even_at_a_box():
+    tree = {"a": nnx.Param({"b": (1, 2)}), "c": None}
+    at_tuples, _ = flatten_by_path(tree, is_leaf=lambda x: isinstance(x, tuple) or x is None)
+    assert at_tuples == {"a/b": (1, 2), "c": None}
+    at_boxes, treedef = flatten_by_path(tree, is_leaf=lambda x: isinstance(x, nnx.Param))
+    assert list(at_boxes) == ["a"]
+    assert treedef.num_leaves == 1
+    assert at_boxes["a"] is tree["a"]
+
+
+def test_key_paths_of_bare_trees_are_those_of_jax():
+    tree = [{"a": 1, "value": (2, None)}, Tuple(*AWKWARD)]
+    assert leaves_with_path(tree) == jax.tree.leaves_with_path(tree)
+    assert [leaf_path(keys) for keys, _ in leaves_with_path(tree)][:3] == [
+        "0/a",
+        "0/value/0",
+        "1/mu",
+    ]
 
 
 def test_flatten_by_path_rebuilds_and_skips_absent_leaves():
@@ -232,267 +306,3 @@ def test_linen_boxes_have_the_paths_of_bare_leaves(box):
     assert jax.tree.structure(boxed) != jax.tree.structure(bare)
     assert axes_by_path(boxed) == axes_by_path(bare)
     assert axes_by_path(boxed) == {"bias": None, "kernel": MatrixAxes(0, 1)}
-
-
-# Rules
-
-
-def test_linen_attention():
-    x = jax.ShapeDtypeStruct((1, 5, 8), jnp.float32)
-    module = nn.MultiHeadDotProductAttention(num_heads=2)
-    expected = {f"{name}/bias": None for name in ("query", "key", "value", "out")}
-    expected |= {f"{name}/kernel": QUERY for name in ("query", "key", "value")}
-    assert axes_by_path(abstract(module, x, x)) == expected | {"out/kernel": OUT}
-
-
-def test_nnx_attention():
-    module = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
-    axes = axes_by_path(nnx.state(module, nnx.Param))
-    assert axes["query/kernel"] == axes["key/kernel"] == axes["value/kernel"] == QUERY
-    assert axes["out/kernel"] == OUT
-    assert {axes[f"{name}/bias"] for name in ("query", "key", "value", "out")} == {None}
-
-
-class Layer(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
-        return x + nn.Dense(16, name="down")(nn.Dense(64, name="up")(nn.RMSNorm()(x))), None
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_scanned_layers(axis):
-    """The layer axis is the batch axis, and stacked biases and scales are no matrices."""
-    layers = nn.scan(Layer, variable_axes={"params": axis}, split_rngs={"params": True}, length=3)
-    axes = axes_by_path(abstract(layers(), jnp.ones((1, 5, 16)), None))
-    attention = "MultiHeadDotProductAttention_0"
-    m = 1 - axis
-    assert axes["up/kernel"] == axes["down/kernel"] == MatrixAxes(m, 2)
-    assert axes[f"{attention}/query/kernel"] == MatrixAxes(m, (2, 3))
-    if axis == 0:  # at axis 1 (heads, layers, hd, d) looks like (layers, heads, hd, d)
-        assert axes[f"{attention}/out/kernel"] == MatrixAxes((1, 2), 3)
-    dense = {path for path, found in axes.items() if found is None}
-    assert dense == {path for path in axes if path.endswith(("bias", "scale"))}
-
-
-def test_vmapped_nnx_layers():
-    @nnx.split_rngs(splits=3)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def stack(rngs):
-        return Block(rngs)
-
-    axes = axes_by_path(nnx.state(stack(nnx.Rngs(0)), nnx.Param))
-    assert axes == {
-        "layers/0/bias": None,
-        "layers/0/kernel": MatrixAxes(1, 2),
-        "layers/1/bias": None,
-        "layers/1/kernel": MatrixAxes(1, 2),
-        "norm/scale": None,
-    }
-
-
-class Vision(nn.Module):
-    @nn.compact
-    def __call__(self, tokens):
-        x = nn.Embed(50, 8)(tokens)
-        x = nn.Conv(16, (3,))(x)
-        x = nn.Conv(4, (3, 3))(x[..., None])
-        x = nn.GroupNorm(2)(x)
-        return nn.Dense(50, name="lm_head")(x)
-
-
-def test_convolutions_embeddings_norms_and_heads():
-    axes = axes_by_path(abstract(Vision(), jnp.ones((1, 6), int)))
-    matrices = {path: found for path, found in axes.items() if found is not None}
-    assert matrices == {
-        "Conv_0/kernel": MatrixAxes((0, 1), 2),
-        "Conv_1/kernel": MatrixAxes((0, 1, 2), 3),
-    }
-
-
-@pytest.mark.parametrize(
-    ("path", "shape", "axes"),
-    [
-        ("R", (2, 3, 1), MatrixAxes(1, 2)),
-        ("mlp/up/kernel/R", (9, 3, 5), MatrixAxes(1, 2)),
-        ("query/bias", (12, 64), None),
-        ("rel_bias", (12, 64), None),
-        ("ln_f/weight", (4, 64), None),
-        ("attn_norm", (4, 64), None),
-        ("PreNorm_0/Dense_0/kernel", (64, 32), MatrixAxes(0, 1)),
-        ("token_embedder/embedding", (500, 64), None),
-        ("embed_tokens/weight", (500, 64), None),
-        ("time_embed/dense/kernel", (32, 64), MatrixAxes(0, 1)),
-        ("wte", (500, 64), None),
-        ("pos_embed", (1, 16, 64), None),
-        ("logits_dense/kernel", (64, 500), None),
-        ("head/kernel", (64, 10), None),
-        ("heads/kernel", (64, 10), MatrixAxes(0, 1)),
-        ("cls", (1, 1, 64), None),
-        ("gain", (1, 64), None),
-        ("gone", (0, 64), None),
-        ("temperature", (), None),
-        # attention: a missing layer axis, one at 0, one at 1, three kernels in one
-        ("wq", (64, 4, 16), QUERY),
-        ("attn/wo", (4, 16, 64), OUT),
-        ("layers/k/kernel", (6, 64, 4, 16), MatrixAxes(1, (2, 3))),
-        ("layers/k/kernel", (64, 6, 4, 16), MatrixAxes(0, (2, 3))),
-        ("qkv/kernel", (64, 3, 4, 16), MatrixAxes(0, (2, 3))),
-        ("layers/out/kernel", (6, 4, 16, 64), MatrixAxes((1, 2), 3)),
-        # kernels that bear the names of attention and have no heads
-        ("q_proj/kernel", (64, 64), MatrixAxes(0, 1)),
-        ("layers/q_proj/kernel", (6, 64, 64), MatrixAxes(1, 2)),
-        ("layers/k_proj/kernel", (6, 64, 16), MatrixAxes(1, 2)),
-        ("layers/q_proj/kernel", (64, 6, 64), MatrixAxes(0, 2)),
-        ("layers/o_proj/kernel", (6, 64, 64), MatrixAxes(1, 2)),
-        # experts, more of them than a side is long; routers and shared experts are none
-        ("MoeBlock_0/wi_0", (128, 6, 64, 32), MatrixAxes(2, 3)),
-        ("MoeBlock_0/wo", (128, 6, 32, 64), MatrixAxes(2, 3)),
-        ("moe/experts/up/kernel", (128, 64, 32), MatrixAxes(1, 2)),
-        ("experts/3/up/kernel", (64, 32), MatrixAxes(0, 1)),
-        ("MoeBlock_0/gate/kernel", (64, 6, 8), MatrixAxes(0, 2)),
-        ("shared_experts/wi_0/kernel", (64, 6, 32), MatrixAxes(0, 2)),
-        ("short_conv/kernel", (4, 1, 64), MatrixAxes((0, 1), 2)),
-    ],
-)
-def test_rules(path, shape, axes):
-    assert axes_by_path({path: jax.ShapeDtypeStruct(shape, jnp.float32)}) == {path: axes}
-
-
-def test_only_shape_is_read():
-    shape = (4, 6)
-    leaves = [np.ones(shape), jnp.ones(shape), jax.ShapeDtypeStruct(shape, jnp.bfloat16)]
-    assert axes_by_path([*leaves, 1.0, None]) == {
-        **dict.fromkeys(["0", "1", "2"], MatrixAxes(0, 1)),
-        "3": None,
-    }
-
-
-def test_matrix_axes_is_a_tree_like_params_and_its_own_override():
-    params = nnx.state(Block(nnx.Rngs(0)), nnx.Param)
-    axes = matrix_axes(params)
-    assert axes_by_path(params, axes) == axes_by_path(nnx.as_pure(params), axes)
-    assert axes_by_path(params, axes) == axes_by_path(params)
-    assert matrix_axes({"w": np.ones((2, 3)), "b": np.ones(3), "gap": None}) == {
-        "w": MatrixAxes(0, 1),
-        "b": None,
-        "gap": None,
-    }
-
-
-# Overrides
-
-
-PARAMS = shaped(attn__kernel=(8, 2, 4), mlp__kernel=(8, 32), mlp__bias=(32,), lm_head=(8, 99))
-RULED = axes_by_path(PARAMS)
-
-
-def nested(flat):
-    tree = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
-def test_a_tree_decides_every_leaf():
-    axes = dict.fromkeys(PARAMS) | {"lm_head": MatrixAxes(1, 0), "attn/kernel": MatrixAxes(0, -1)}
-    expected = axes | {"attn/kernel": MatrixAxes(0, 2)}
-    assert axes_by_path(nested(PARAMS), nested(axes)) == expected
-    assert axes_by_path(PARAMS, nested(axes)) == axes_by_path(nested(PARAMS), axes) == expected
-
-
-@pytest.mark.parametrize(
-    "foreign", [optax.contrib.GaLoreDimensionNumbers, optax.contrib.MuonDimensionNumbers]
-)
-def test_dimension_numbers_of_optax_are_axes(foreign):
-    axes = dict.fromkeys(PARAMS) | {"attn/kernel": foreign(0, (1, 2))}
-    expected = dict.fromkeys(PARAMS) | {"attn/kernel": QUERY}
-    assert axes_by_path(nested(PARAMS), nested(axes)) == expected
-    assert axes_by_path(PARAMS, {"attn": foreign(0, (1, 2))}) == RULED | {"attn/kernel": QUERY}
-
-
-def test_patterns_override_the_rules_first_match_first():
-    overrides = {"^attn/": QUERY, "kernel$": None, "head": MatrixAxes(0, 1)}
-    assert axes_by_path(PARAMS, overrides) == {
-        "attn/kernel": QUERY,
-        "mlp/kernel": None,
-        "mlp/bias": None,
-        "lm_head": MatrixAxes(0, 1),
-    }
-
-
-def test_a_key_that_is_a_path_speaks_for_its_leaf():
-    """So a flat tree of axes means what it says, even where one path is found in another."""
-    params = shaped(w=(2, 3), wide=(2, 3), other=(2, 3))
-    overrides = {"w": None, "wide": MatrixAxes(1, 0), "other": None}
-    assert axes_by_path(params, overrides) == overrides
-
-
-def test_a_function_sees_params_and_returns_either_kind():
-    def all_but_heads(params):
-        return jax.tree.map(lambda leaf: MatrixAxes(0, -1) if len(leaf.shape) > 1 else None, params)
-
-    boxed = nnx.state(Block(nnx.Rngs(0)), nnx.Param)
-    assert axes_by_path(boxed, all_but_heads) == axes_by_path(nnx.as_pure(boxed), all_but_heads)
-    assert axes_by_path(nested(PARAMS), all_but_heads)["lm_head"] == MatrixAxes(0, 1)
-    assert axes_by_path(PARAMS, lambda params: {"head": MatrixAxes(0, 1)}) == axes_by_path(
-        PARAMS, {"head": MatrixAxes(0, 1)}
-    )
-    assert axes_by_path(PARAMS, lambda params: None) == RULED
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        None,
-        {"^mlp": None, "head": MatrixAxes(0, 1), "attn": QUERY},
-        dict.fromkeys(PARAMS) | {"attn/kernel": QUERY},
-        nested(dict.fromkeys(PARAMS) | {"attn/kernel": QUERY}),
-    ],
-)
-@pytest.mark.parametrize("kept", PARAMS)
-def test_masking_leaves_away_changes_no_answer(overrides, kept):
-    whole = axes_by_path(nested(PARAMS), overrides)
-    masked = {path: PARAMS[path] if path == kept else optax.MaskedNode() for path in PARAMS}
-    assert axes_by_path(nested(masked), overrides, strict=False) == {kept: whole[kept]}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"atn": None}, "'atn' match no leaf.*'attn/kernel', 'lm_head', 'mlp/bias', 'mlp/kernel'"),
-        ({"kernel(": None}, r"'kernel\(' is no regular expression"),
-        ({"kernel": (0, 1)}, "override of leaf 'kernel/0' is 0; give MatrixAxes or None"),
-        ({"attn": {"kernel": None}}, "lacks 'lm_head', 'mlp/bias', 'mlp/kernel' and adds none"),
-        (nested(dict.fromkeys([*PARAMS, "new/w"])), "lacks none and adds 'new/w'"),
-        ({"bias": MatrixAxes(0, 1)}, r"leaf 'mlp/bias' of shape \(32,\): axis 1 of output_axis"),
-    ],
-)
-def test_overrides_that_cannot_be_meant_are_refused(overrides, message):
-    for use in (axes_by_path, matrix_axes, describe):
-        with pytest.raises(ValueError, match=message):
-            use(PARAMS, overrides)
-
-
-# The table
-
-
-def test_describe_says_what_how_and_why():
-    text = describe(PARAMS, {"attn": MatrixAxes(0, 2)}, rank=4, side="long")
-    assert text.splitlines() == [
-        "leaf         shape      b × m × n   axes b | m | n  treatment  why",
-        "attn/kernel  (8, 2, 4)  2 × 8 × 4   1 | 0 | 2       dense      min(m, n) <= rank",
-        "lm_head      (8, 99)                                dense      head",
-        "mlp/bias     (32,)                                  dense      bias or scale",
-        "mlp/kernel   (8, 32)    1 × 32 × 8  - | 1 | 0       projected  kernel",
-        "1 of 4 leaves projected: 256 of 1,144 parameters (22.4 %).",
-    ]
-    assert re.search(r"projected +override 'attn'", describe(PARAMS, {"attn": QUERY}))
-
-
-def test_describe_of_nothing():
-    assert describe({}).endswith("0 of 0 leaves projected: 0 of 0 parameters (0.0 %).")

@@ -1,0 +1,188 @@
+"""Low-rank Muon: momentum kept as P C, truncated anew on every step, and the orthogonalised sum of it and the gradient.
+
+    P' ← leading left singular vectors of β P C + (1 − β) G by one step of subspace iteration from P
+    M = β P' P'ᵀ P C + (1 − β) G,   C ← P'ᵀ M
+    W ← W − η O(M),   with Nesterov O(β M + (1 − β) G) (both bias-corrected),   O the polar factor by Newton–Schulz
+
+Muon: Jordan et al., 2024; Bernstein and Newhouse, arXiv:2409.20325. The basis follows the momentum; what of the
+gradient is outside of it goes into the orthogonalisation at full weight, what of the old momentum is, is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_lowrank.classify import axes_by_path
+from optax_lowrank.fits import subspace_iteration
+from optax_lowrank.linalg import newton_schulz
+from optax_lowrank.low_rank import Geometry
+from optax_lowrank.options import Options, alias
+from optax_lowrank.rules import Rule
+from optax_lowrank.views import MatrixView, flatten_by_path
+from optax_lowrank.walls import after
+
+
+class MomentumState(NamedTuple):
+    """State of low-rank momentum."""
+
+    count: jax.Array  # () int32, updates so far
+    mu: jax.Array  # (r, n), C: the momentum is P C
+
+
+def low_rank_momentum(beta: jax.typing.ArrayLike = 0.95, nesterov: bool = True) -> Rule:
+    """Momentum M = β P C + (1 − β) G, of which the state keeps what is in the basis, C ← β C + (1 − β) R.
+
+    The next basis is fitted to M itself (`recall`), as LDAdam's is.
+
+    Args:
+      beta: β.
+      nesterov: β M + (1 − β) G in place of M; both as Optax's Muon corrects their bias.
+
+    Reference: Robert et al. (LDAdam), arXiv:2410.16103; Ahn et al. (Dion), arXiv:2504.05295, which keeps the momentum
+      whole.
+    """
+
+    def step(R, columns, state, **extra):
+        del extra
+        b = jnp.asarray(beta, R.dtype)
+        count = optax.safe_increment(state.count)
+        correction = lambda t: 1 - b ** t.astype(R.dtype)
+        old, new = b, 1 - b  # M = old · P C + new · G
+        if nesterov:
+            later = b / correction(optax.safe_increment(count))
+            old, new = later * b, (1 - b) * (later + 1 / correction(count))
+        else:
+            old, new = old / correction(count), new / correction(count)
+        C = state.mu.astype(R.dtype)
+        mu = (b * C + (1 - b) * R).astype(state.mu.dtype)
+        c = new * jnp.ones(columns.shape, R.dtype)
+        return old * C, c, MomentumState(count, mu)
+
+    def recall(state):
+        # the fit sees P · recall + G, which spans what β P C + (1 − β) G does
+        b = jnp.asarray(beta, state.mu.dtype)
+        return state.mu * (b / (1 - b))
+
+    return Rule(
+        init=lambda R: MomentumState(jnp.zeros([], jnp.int32), jnp.zeros_like(R)),
+        turn=lambda state, turn: state._replace(mu=turn(state.mu).astype(state.mu.dtype)),
+        step=step,
+        recall=recall,
+    )
+
+
+def _scale(shape, consistent_rms):
+    """Muon's factor for a matrix of (inputs, outputs): √max(1, outputs / inputs), or RMS · √max."""
+    fan_in, fan_out = shape
+    if consistent_rms is not None:
+        return max(fan_in, fan_out) ** 0.5 * consistent_rms
+    return max(1, fan_out / fan_in) ** 0.5
+
+
+def orthogonalized(ns_steps: int = 5, consistent_rms: float | None = None) -> Geometry:
+    """The geometry of Muon: a step in full space becomes its polar factor, scaled by the shape of the matrix."""
+
+    def retract(U, W, kept, state, *, axis, **extra):
+        del W, kept, extra
+        size = _scale((U.shape[axis], U.shape[1 - axis]), consistent_rms)
+        return newton_schulz(U, ns_steps) * jnp.asarray(size, U.dtype), state
+
+    return Geometry(lambda W, axis: (), None, retract, reads_weights=False)
+
+
+def orthogonalize(
+    ns_steps: int = 5, consistent_rms: float | None = None, axes: Any = None
+) -> optax.GradientTransformation:
+    """Replaces every matrix by its polar factor U Vᵀ, approximately, with Muon's scale for its shape.
+
+    X ← X / ‖X‖, then `ns_steps` times X ← a X + (b X Xᵀ + c (X Xᵀ)²) X, on the shorter side, which drives all
+    singular values into about [0.7, 1.2]; then times √max(1, outputs / inputs), or with `consistent_rms` κ
+    √max(outputs, inputs).
+
+    Args:
+      ns_steps: Newton–Schulz iterations.
+      consistent_rms: κ; 0.2 has the entries of Adam's steps.
+      axes: overrides of `matrix_axes`; stacks of matrices are taken apart, and leaves that are no matrices pass as
+        they are.
+
+    Returns:
+      A stateless transformation; put momentum before it, the learning rate behind.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_lowrank as ol
+      >>> tx = optax.chain(optax.trace(0.95), ol.orthogonalize(), optax.scale_by_learning_rate(0.02))
+      >>> params = {"kernel": jnp.diag(jnp.array([3.0, 1.0])), "bias": jnp.ones(2)}
+      >>> update, _ = ol.orthogonalize().update(params, optax.EmptyState())
+      >>> jnp.allclose(update["kernel"], jnp.eye(2), atol=0.35).item(), update["bias"].tolist()
+      (True, [1.0, 1.0])
+
+    Reference: Jordan et al., Muon, 2024; Liu et al., arXiv:2502.16982, for the consistent root mean square.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        leaves, treedef = flatten_by_path(updates)
+        found, before = axes_by_path(updates, axes, strict=False), None
+        for path, x in leaves.items():
+            if found[path] is not None:
+                view = MatrixView.of(x.shape, found[path], "reduction")
+                size = _scale((view.m, view.n), consistent_rms)
+                one = lambda X, size=size: newton_schulz(X, ns_steps) * jnp.asarray(size, X.dtype)
+                leaves[path] = before = view.unfold(after(before, jax.vmap(one), view.fold(x)))
+        return treedef.unflatten(leaves.values()), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+@alias(without=("scale",), update_proj_gap=1)
+def low_rank_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    beta: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    consistent_rms: float | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon whose momentum lives in a basis that follows it: m·r + n·r floats a matrix.
+
+    M = β P C + (1 − β) G, W ← W − η (s O(M) + λ W), P and C the best rank-r part of M, refit on every step from a
+    warm start; O is Newton–Schulz, s Muon's scale for the shape. At full rank this is `optax.contrib.muon`.
+
+    Args:
+      learning_rate: η, a number or a schedule; 0.02 is Muon's usual.
+      **options: see `Options`. Here `update_proj_gap` is 1, `fit` `subspace_iteration()`, and b1, b2, eps are of the
+        dense leaves.
+      beta: β of the momentum.
+      nesterov: look one step ahead.
+      ns_steps: Newton–Schulz iterations.
+      consistent_rms: κ scales updates by κ √max(inputs, outputs) instead of √max(1, outputs / inputs).
+
+    Returns:
+      A transformation.
+
+    Raises:
+      TypeError, ValueError: an option is wrong, or asks for two sides or accumulation; dimension numbers do not fit
+        (`init`).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_lowrank as ol
+      >>> shapes = {"kernel": jax.ShapeDtypeStruct((1024, 4096), jnp.float32)}
+      >>> ol.memory_report(ol.low_rank_muon(0.02, rank=32), shapes).arrays == 4 * 32 * (1024 + 4096)
+      True
+
+    Reference: Jordan et al., Muon, 2024; the low-rank momentum is ours, see `low_rank_momentum`.
+    """
+    options = Options(**options)
+    options.weighs_columns("low_rank_muon", "the orthogonalisation")
+    rule = options.coded(low_rank_momentum(beta, nesterov))
+    matrix = options.projected(
+        rule,
+        geometry=orthogonalized(ns_steps, consistent_rms),
+        fit=options.fit or subspace_iteration(),
+    )
+    return options.optimizer(learning_rate, matrix)

@@ -1,0 +1,216 @@
+"""Natural GaLore: GaLore with the coordinates preconditioned by the inverse empirical Fisher of their last few values.
+
+Das, arXiv:2410.16029, section 3, with g = vec(R) and H = [g_k, g_{k−1}, …], `history` columns with the current one:
+
+    F = λI + H Hᵀ,   g̃ = F⁻¹ g_k = H (λI + HᵀH)⁻¹ e_k,   N = Adam(g̃)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_lowrank.linalg import matmul, push_through_weights
+from optax_lowrank.options import Options, alias
+from optax_lowrank.rules import OfRule, Rule, Turn, chained, of_rule, wide
+from optax_lowrank.walls import when
+
+
+class WoodburyFisherState(NamedTuple):
+    """State of the Fisher of one matrix."""
+
+    history: jax.Array  # (s, r, n), the last s gradients; rotated or cleared on refresh
+    row_scale: jax.Array | None  # (s, r, 1), unit of the codes of an int8 history
+    gram: jax.Array  # (s, s), HᵀH; one new row and column a step, rebuilt on refresh
+
+
+def scale_by_woodbury_fisher(
+    history: int = 4,
+    damping: jax.typing.ArrayLike = 1e-3,
+    relative_damping: bool = False,
+    history_dtype: Any = None,
+    on_refresh: Literal["rotate", "clear"] = "rotate",
+    preserve_norm: bool = False,
+    batch_axes: int = 0,
+) -> OfRule:
+    """Multiplies each gradient by the inverse of the damped empirical Fisher of its last few values.
+
+    g̃ = (λI + H Hᵀ)⁻¹ g_k = H (λI + HᵀH)⁻¹ e_k, with H the last `history` gradients as columns, g_k among them. The
+    Gram matrix HᵀH lives in the state, so that a step reads H twice: once for its new row, once for the result. A slot
+    that is still empty is a zero column, which changes nothing: the start-up is exact.
+
+    Works on any tree of arrays; inside `low_rank` the history follows the basis.
+
+    Args:
+      history: s ≥ 1, stored gradients with the current one: s floats for each number in the gradient, where Adam
+        keeps two. (The paper claims no memory.)
+      damping: λ > 0, in units of a squared gradient norm; below about 1e-6 of the mean of the stored ‖g‖² (float32)
+        it is raised to that, since repeated gradients would make the Gram matrix singular.
+      relative_damping: count λ in units of the mean of the stored ‖g‖² instead, so that it has no scale.
+      history_dtype: dtype of the stored gradients: default theirs; `jnp.bfloat16`; or `jnp.int8`, one scale a row.
+      on_refresh: what happens to H when the basis changes: "rotate", H ← Q H, or "clear".
+      preserve_norm: scale g̃ back to ‖g‖, so that the Fisher turns the gradient and nothing else. Without it ‖g̃‖ goes
+        like 1 / ‖g‖ where λ is small or relative, and Adam, whose second moment lags, takes steps of the wrong size.
+      batch_axes: how many leading axes of each leaf count matrices with a Fisher of their own.
+
+    Returns:
+      A transformation with updates of the gradients' shapes and dtypes.
+
+    Raises:
+      ValueError: history < 1, damping < 0, `on_refresh` unknown; an int8 history of a scalar (`init`).
+
+    Example:
+      >>> import jax.numpy as jnp, optax_lowrank as ol
+      >>> tx = ol.scale_by_woodbury_fisher(history=2, damping=1.0)
+      >>> g = jnp.array([3.0, 4.0])
+      >>> updates, _ = tx.update(g, tx.init(g))
+      >>> bool(jnp.allclose(updates, g / (1.0 + 25.0)))
+      True
+
+    Reference: Das, arXiv:2410.16029, equations 4 to 6, whose printed forms lose all digits in float32. The Fisher is
+      a sum, as there, not a mean. The authors' code keeps H in the old coordinates after a refresh.
+    """
+    if not isinstance(history, int) or isinstance(history, bool) or history < 1:
+        raise ValueError(
+            f"`history` counts stored gradients with the current one: an int, at least 1, got {history!r}."
+        )
+    if isinstance(damping, (int, float)) and not damping >= 0:
+        raise ValueError(f"`damping` must not be negative, got {damping}.")
+    if on_refresh not in ("rotate", "clear"):
+        raise ValueError(f'`on_refresh` must be "rotate" or "clear", got {on_refresh!r}.')
+    in_codes = history_dtype is not None and jnp.issubdtype(history_dtype, jnp.integer)
+    encode, decode = (_to_codes, _from_codes) if in_codes else (_to_float, _from_float)
+
+    def init(R):
+        if in_codes and R.ndim == 0:
+            raise ValueError(
+                f"`history_dtype={jnp.dtype(history_dtype).name}` keeps one scale a row, and a leaf has no axis for "
+                "rows. Use jnp.bfloat16, or keep scalars away with `optax.masked`."
+            )
+        shape = (history, *R.shape)
+        return WoodburyFisherState(
+            history=jnp.zeros(shape, history_dtype or R.dtype),
+            row_scale=jnp.zeros((*shape[:-1], 1), R.dtype) if in_codes else None,
+            gram=jnp.zeros((history, history), R.dtype),
+        )
+
+    def turn(state, turn: Turn):
+        if on_refresh == "clear":
+            return jax.tree.map(jnp.zeros_like, state)
+        stored = state.history, state.row_scale
+
+        def rotate(i, stored):  # one gradient at a time
+            at = lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False)
+            put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)
+            new = encode(turn(decode(*jax.tree.map(at, stored))), state.history.dtype)
+            return jax.tree.map(put, stored, new)
+
+        stored = lax.fori_loop(0, history, rotate, stored)
+        H = decode(*stored).reshape(history, -1)
+        return WoodburyFisherState(*stored, matmul(H, H.T).astype(state.gram.dtype))
+
+    def step(R, columns, state, *, count, **extra):
+        del columns, extra
+        slot, code = count % history, encode(R, state.history.dtype)
+
+        def push(stored):
+            put = lambda old, new: lax.dynamic_update_index_in_dim(old, new, slot, 0)
+            return jax.tree.map(put, stored, code)
+
+        stored, unit = when(count >= 0, push, (state.history, state.row_scale))
+        H, g = decode(stored, unit), decode(*code)
+        row = matmul(H.reshape(history, -1), g.reshape(-1, 1))
+        gram = lax.dynamic_update_index_in_dim(state.gram, row[:, 0], slot, 0)
+        gram = lax.dynamic_update_index_in_dim(gram, row[:, 0], slot, 1)
+        weights = _weights(gram, slot, damping, relative_damping)
+        # a sum of s terms is one pass over H; a product of a row with a matrix is several times slower
+        out = sum(weights[i] * H[i] for i in range(history))
+        if preserve_norm:
+            norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
+            out = out * norm(R) / jnp.where(norm(out) > 0, norm(out), 1)  # out = 0 where R = 0
+        return out.astype(R.dtype), None, WoodburyFisherState(stored, unit, gram)
+
+    return of_rule(Rule(init, turn, step), batch_axes)
+
+
+def _weights(gram, slot, damping, relative):
+    """Push-through weights (λI + HᵀH)⁻¹ e, e the slot of the current gradient."""
+    s = gram.shape[-1]
+    squares = jnp.diagonal(gram)
+    mean = jnp.sum(squares) / jnp.maximum(jnp.sum(squares > 0), 1).astype(gram.dtype)
+    damping = jnp.asarray(damping, gram.dtype)
+    lam = jnp.maximum(damping * mean if relative else damping, 8 * jnp.finfo(gram.dtype).eps * mean)
+    lam = jnp.where(lam > 0, lam, 1)  # nothing stored: the result is 0 whatever λ
+    return push_through_weights(gram, jax.nn.one_hot(slot, s, dtype=gram.dtype), lam)
+
+
+def _to_float(g, dtype):
+    return g.astype(dtype), None
+
+
+def _from_float(stored, unit):
+    del unit
+    return stored.astype(wide(stored))
+
+
+def _to_codes(g, dtype):
+    unit = jnp.max(jnp.abs(g), axis=-1, keepdims=True) / 127
+    return jnp.round(g / jnp.where(unit > 0, unit, 1)).astype(dtype), unit  # a zero row has code 0
+
+
+def _from_codes(stored, unit):
+    return stored.astype(unit.dtype) * unit
+
+
+@alias()
+def natural_galore(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    history: int = 4,
+    damping: jax.typing.ArrayLike = 1e-3,
+    relative_damping: bool = False,
+    history_dtype: Any = None,
+    preserve_norm: bool = False,
+    precondition: Literal["gradient", "step"] = "gradient",
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Natural GaLore: GaLore whose coordinates pass through `scale_by_woodbury_fisher` before Adam.
+
+    W ← W − η (α P N + λ_d W) with N = Adam((λI + H Hᵀ)⁻¹ PᵀG). State: that of `galore` and `history` · r · n numbers
+    of `history_dtype` a matrix.
+
+    Args:
+      learning_rate: η, a number or a schedule.
+      **options: see `Options`.
+      history, damping, relative_damping, history_dtype, preserve_norm: of `scale_by_woodbury_fisher`. The history
+        always follows the basis.
+      precondition: the "gradient", before Adam, as in the paper; or Adam's "step", whose history is then kept.
+
+    Returns:
+      A transformation.
+
+    Raises:
+      TypeError, ValueError: an option is wrong; dimension numbers do not fit (`init`).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_lowrank as ol
+      >>> shapes = {"kernel": jax.ShapeDtypeStruct((2048, 5461), jnp.float32)}
+      >>> report = ol.memory_report(ol.natural_galore(0.01, rank=512), shapes)
+      >>> round(report.arrays / report.adamw, 2)
+      0.8
+
+    Reference: Das, arXiv:2410.16029, Algorithm 1. The authors' code projects both sides and keeps 20 columns of r × r.
+    """
+    if precondition not in ("gradient", "step"):
+        raise ValueError(f'`precondition` must be "gradient" or "step", got {precondition!r}.')
+    options = Options(**options)
+    fisher = scale_by_woodbury_fisher(
+        history, damping, relative_damping, history_dtype, preserve_norm=preserve_norm
+    )
+    parts = [fisher, options.moments()]
+    rule = chained(*(parts if precondition == "gradient" else reversed(parts)))
+    return options.optimizer(learning_rate, options.projected(rule, scale=options.scale))

@@ -1,0 +1,337 @@
+"""What all optimizers of the library share: their options, their signatures, and which of them can be schedules."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import optax
+
+from optax_lowrank.assemble import assemble
+from optax_lowrank.bases import Basis, BasisStore, InCodes, InDtype
+from optax_lowrank.classify import Rank, check_rank
+from optax_lowrank.fits import Fit, check_fit
+from optax_lowrank.low_rank import Geometry, Side, low_rank
+from optax_lowrank.moments import rotated, scale_by_rotated_adam
+from optax_lowrank.quantize import quantize_state
+from optax_lowrank.refresh import Policy, as_policy
+from optax_lowrank.rules import Rule, accumulated, in_codes, lifted
+
+# 8 or 4, or the arguments of `quantize_state`.
+StateBits = Literal[8, 4] | Mapping[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Options:
+    """Options of every optimizer.
+
+    Args:
+      rank: r, an int; a share of the projected side in (0, 1), rounded to a multiple of 8; or a dict {regex: int or
+        share} by path, 128 where nothing matches. Matrices with a side no longer than their rank are not projected.
+      update_proj_gap: T, optimizer updates between refits, which may be traced; or a refresh policy, such as
+        `every(200, stagger=True)`.
+      scale: α, multiplies the step in the subspace only.
+      b1, b2, eps, mu_dtype: of Adam.
+      weight_decay: λ, decoupled, in full space.
+      mask: which leaves decay, as in `optax.adamw`.
+      weight_dimension_numbers: which axes make the matrix: overrides of `matrix_axes`; `GaLoreDimensionNumbers` are
+        accepted, and axes named in neither of their fields are batch axes.
+      fit: how a basis is chosen; default `randomized_svd()`. The papers' is `svd()`; `seeded()` and `dct()` store no
+        basis.
+      side: "short", "long" or "both", the side of a matrix that is projected.
+      rotate_moments: carry the moments over to the new basis at a refit.
+      dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
+      dense_learning_rate: in place of `dense`, the rate of Adam on those leaves.
+      state_bits: 8 or 4 keeps moments as codes (`quantize_state`) and bases in bfloat16; a dict of arguments of
+        `quantize_state`, such as {"min_size": 256}, does so in its own way.
+      accumulate: k micro-batches that make one update. Their gradients are summed in the subspace (`accumulated`), and
+        updates in between are zero; `update_proj_gap` and schedules count the real ones.
+      seed: of the random sketches.
+    """
+
+    rank: Rank = 128
+    update_proj_gap: int | Policy = 200
+    scale: jax.typing.ArrayLike = 0.25
+    b1: jax.typing.ArrayLike = 0.9
+    b2: jax.typing.ArrayLike = 0.999
+    eps: jax.typing.ArrayLike = 1e-8
+    mu_dtype: Any = None
+    weight_decay: jax.typing.ArrayLike = 0.0
+    mask: Any = None
+    weight_dimension_numbers: Any = None
+    fit: Fit | Basis | None = None
+    side: Side = "short"
+    rotate_moments: bool = False
+    dense: optax.GradientTransformation | None = None
+    dense_learning_rate: optax.ScalarOrSchedule | None = None
+    state_bits: StateBits = None
+    accumulate: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        check_rank(self.rank)
+        as_policy(self.update_proj_gap)
+        if self.fit is not None:
+            check_fit(self.fit)
+        if self.dense is not None and self.dense_learning_rate is not None:
+            raise ValueError(
+                "give `dense` or `dense_learning_rate`, not both: `dense` has a rate of its own."
+            )
+        if (
+            not isinstance(self.accumulate, int)
+            or isinstance(self.accumulate, bool)
+            or self.accumulate < 1
+        ):
+            raise ValueError(
+                f"`accumulate` must be a positive number of micro-batches, got {self.accumulate!r}."
+            )
+        bits = self.state_bits
+        if not (bits is None or isinstance(bits, Mapping) or bits in (8, 4)) or isinstance(
+            bits, bool
+        ):
+            raise ValueError(
+                f"`state_bits` must be None, 8, 4 or a dict of arguments of `quantize_state`, got {bits!r}."
+            )
+
+    def adam(self) -> optax.GradientTransformation:
+        """Adam for leaves that are not projected."""
+        return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
+
+    def moments(self) -> Rule:
+        """The rule of Adam in the subspace."""
+        if self.rotate_moments:
+            return self.coded(scale_by_rotated_adam(self.b1, self.b2, self.eps, self.mu_dtype))
+        return self.coded(lifted(self.adam()))
+
+    def rule_of(self, base: optax.GradientTransformation | None) -> Rule:
+        """The rule of a transformation in place of Adam, or of Adam."""
+        if base is None:
+            return self.moments()
+        return self.coded(rotated(base) if self.rotate_moments else lifted(base))
+
+    def coded(self, rule: Rule) -> Rule:
+        """A rule with its state in `state_bits`."""
+        return rule if self.state_bits is None else in_codes(rule, **self.bits)
+
+    @property
+    def bits(self) -> dict[str, Any]:
+        """Arguments of `quantize_state`."""
+        return (
+            dict(self.state_bits)
+            if isinstance(self.state_bits, Mapping)
+            else {"bits": self.state_bits}
+        )
+
+    def store(self, basis_bits: Literal[8, 4] | None = None) -> BasisStore:
+        """The store that goes with `state_bits`: bfloat16 with codes of moments, codes on request."""
+        if basis_bits is not None:
+            return InCodes(basis_bits)
+        return InDtype(None if self.state_bits is None else jax.numpy.bfloat16)
+
+    def weighs_columns(self, method: str, what: str) -> None:
+        """Raises where a method that weighs columns of the gradient cannot do what is asked."""
+        if self.accumulate != 1:
+            raise ValueError(
+                f"`accumulate` must be 1 in `{method}`, got {self.accumulate}: {what} needs whole gradients. Wrap the "
+                "optimizer in `optax.MultiSteps`, or use `galore`."
+            )
+        if self.side == "both":
+            raise ValueError(
+                f'`side` must be "short" or "long" in `{method}`: {what} is scaled column by column.'
+            )
+
+    def projected(
+        self,
+        rule: Rule,
+        *,
+        scale: jax.typing.ArrayLike = 1.0,
+        geometry: Geometry | None = None,
+        basis_bits: Literal[8, 4] | None = None,
+        **changes: Any,
+    ) -> optax.GradientTransformationExtraArgs:
+        """`low_rank` with these options."""
+        arguments = {
+            "rank": self.rank,
+            "fit": self.fit,
+            "side": self.side,
+            "seed": self.seed,
+        } | changes
+        return low_rank(
+            accumulated(rule, self.accumulate),
+            refresh=arguments.pop("refresh", None)
+            or as_policy(self.update_proj_gap, self.accumulate),
+            axes=self.weight_dimension_numbers,
+            scale=scale,
+            geometry=geometry,
+            basis_store=self.store(basis_bits),
+            **arguments,
+        )
+
+    def optimizer(
+        self,
+        learning_rate: optax.ScalarOrSchedule,
+        matrix: optax.GradientTransformation,
+        *,
+        inner: optax.GradientTransformation | None = None,
+        owns_learning_rate: bool = False,
+    ) -> optax.GradientTransformationExtraArgs:
+        """`assemble` with these options."""
+        inner = self.adam() if inner is None else inner
+        inner = inner if self.state_bits is None else quantize_state(inner, **self.bits)
+        dense = self.dense
+        if self.dense_learning_rate is not None:
+            dense = assemble(
+                optax.identity(),
+                self.dense_learning_rate,
+                rank=self.rank,
+                inner=inner,
+                axes=lambda tree: jax.tree.map(lambda _: None, tree),
+                weight_decay=self.weight_decay,
+                mask=self.mask,
+            )
+        return assemble(
+            matrix,
+            learning_rate,
+            rank=self.rank,
+            inner=inner,
+            dense=dense,
+            axes=self.weight_dimension_numbers,
+            weight_decay=self.weight_decay,
+            mask=self.mask,
+            owns_learning_rate=owns_learning_rate,
+            accumulate=self.accumulate,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ signatures
+
+
+def alias(
+    *,
+    positional: tuple[str, ...] = ("rank", "update_proj_gap", "scale"),
+    without: tuple[str, ...] = (),
+    **defaults: Any,
+) -> Callable[[Callable], Callable]:
+    """Decorator of an optimizer `f(learning_rate, *, ..., **options)`: signature and docstring show every option.
+
+    Args:
+      positional: arguments that may be given by position, after the learning rate.
+      without: options that this optimizer has not.
+      defaults: options whose default is its own.
+    """
+
+    def decorate(function):
+        rate, *own, _ = inspect.signature(function).parameters.values()  # the last is `options`
+        shared = [
+            inspect.Parameter(
+                f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
+            )
+            for f in dataclasses.fields(Options)
+            if f.name not in without
+        ]
+        every = {
+            p.name: p.replace(default=defaults.get(p.name, p.default)) for p in [*shared, *own]
+        }
+        first = [every.pop(name).replace(kind=rate.kind) for name in positional if name in every]
+        signature = inspect.Signature(
+            [rate, *first, *every.values()], return_annotation=optax.GradientTransformationExtraArgs
+        )
+
+        @functools.wraps(function)
+        def optimizer(*args, **kwargs):
+            return function(**{**defaults, **signature.bind(*args, **kwargs).arguments})
+
+        optimizer.__signature__ = signature
+        optimizer.__doc__ = _with_options(function.__doc__, {p.name for p in shared})
+        return optimizer
+
+    return decorate
+
+
+def _with_options(doc: str, names: set[str]) -> str:
+    """A docstring whose line `**options` of its Args is replaced by what `Options` says of these names."""
+    entries, text = [], inspect.cleandoc(Options.__doc__).split("Args:\n")[1]
+    for line in text.splitlines():
+        if line.startswith("  ") and not line.startswith("   "):
+            entries.append([line])
+        else:
+            entries[-1].append(line)
+    keep = [e for e in entries if {n.strip() for n in e[0].split(":")[0].split(",")} & names]
+    lines = "\n".join("    " + line for entry in keep for line in entry)
+    return doc.replace("      **options: see `Options`.", lines)
+
+
+# ------------------------------------------------------------------------------------------------------- schedules
+
+# Numbers that a step computes with. All others set shapes, or what is traced.
+_TRACED = {
+    "learning_rate", "dense_learning_rate", "update_proj_gap", "scale", "b1", "b2", "eps", "weight_decay", "limit",
+    "residual_scale", "damping", "max_residual_energy", "min_rank", "rank_step", "on_convergence", "beta",
+    "consistent_rms",
+}  # fmt: skip
+
+
+def inject_hyperparams(
+    factory: Callable[..., optax.GradientTransformation], hyperparam_dtype: Any = None
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """`optax.inject_hyperparams` for the optimizers of this library: every number can be a schedule, or says why not.
+
+    Args:
+      factory: an optimizer, such as `fira`.
+      hyperparam_dtype: as in `optax.inject_hyperparams`.
+
+    Returns:
+      A factory with the same arguments, whose numbers may be schedules of the calls of `update` and live in the
+      state's `hyperparams`. A refresh policy, a basis and a dtype are callable, too, and stay what they are.
+
+    Raises:
+      TypeError: (from the factory) a schedule or an array for an argument that sets shapes or code.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_lowrank as ol
+      >>> tx = ol.inject_hyperparams(ol.fira)(1e-2, rank=2, limit=optax.linear_schedule(2.0, 1.01, 100))
+      >>> state = tx.init({"kernel": jnp.ones((8, 16))})
+      >>> float(state.hyperparams["limit"])
+      2.0
+    """
+    signature = inspect.signature(factory)
+
+    def injected(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        static = {name for name in signature.parameters if name not in _TRACED}
+        for name, value in bound.arguments.items():
+            default = signature.parameters[name].default
+            numeric = isinstance(default, (int, float)) or name in ("state_bits", "basis_bits")
+            if name in static and numeric and (isinstance(value, jax.Array) or _is_schedule(value)):
+                raise TypeError(
+                    f"`{name}` cannot be a schedule or an array: it sets shapes or code, so that each value is another "
+                    "program. Make a new optimizer, and see `resize` for ranks."
+                )
+            if name != "learning_rate" and callable(value) and not _is_schedule(value):
+                static.add(name)  # a policy
+        inject = optax.inject_hyperparams(factory, tuple(static), hyperparam_dtype=hyperparam_dtype)
+        return inject(*bound.args, **bound.kwargs)
+
+    injected.__signature__ = signature
+    return injected
+
+
+def _is_schedule(x) -> bool:
+    """Whether it is called with a count alone; a policy takes statistics as well, a dtype is a class."""
+    if not callable(x) or isinstance(x, type):
+        return False
+    try:
+        takes = inspect.signature(x).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    return (
+        sum(
+            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            for p in takes
+        )
+        <= 1
+    )

@@ -1,0 +1,210 @@
+"""Which optimizer fits a device: weights, state, gradients and temporaries, counted before anything is allocated."""
+
+import dataclasses
+import functools
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_lowrank
+
+METHODS = ("galore", "fira", "natural_galore", "gradnormlorp", "apollo", "low_rank_muon")
+LAYERS = r"(?i)(?:^|/)(?:layers?|blocks?|h)(?:[/_](\d+))?(?:/|$)"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanRow:
+    """Bytes of one way to train."""
+
+    method: str
+    rank: int | float | None  # None: not a low-rank method
+    bits: int | None  # of the state; None: floats
+    layerwise: bool
+    parameters: int
+    state: int
+    gradients: int
+    temporaries: int
+    fits: bool
+
+    @property
+    def total(self) -> int:
+        """The sum, without activations."""
+        return self.parameters + self.state + self.gradients + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `plan` returns; `str()` is a table."""
+
+    budget: int  # bytes
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def best(self) -> PlanRow | None:
+        """Of the rows that fit: the largest rank, then floats before codes, whole gradients before layer-wise."""
+        rank = lambda row: math.inf if row.rank is None else row.rank
+        worth = lambda row: (rank(row), row.bits or 32, not row.layerwise)
+        return max((row for row in self.rows if row.fits), key=worth, default=None)
+
+    def __str__(self):
+        head = ("method", "rank", "bits", "step", "weights", "state", "gradients", "temporaries")
+        cells = [(*head, "sum, GiB", f"fits {_gib(self.budget)}")]
+        for row in self.rows:
+            way = "layer-wise" if row.layerwise else "whole"
+            sizes = (row.parameters, row.state, row.gradients, row.temporaries, row.total)
+            named = (row.method, f"{row.rank or '-'}", f"{row.bits or '-'}", way)
+            best = " (best)" if row is self.best else ""
+            cells.append((*named, *map(_gib, sizes), f"{'yes' if row.fits else 'no'}{best}"))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        line = lambda row: "  ".join(
+            text.rjust(width) if 4 <= i <= 8 else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        return "\n".join(map(line, cells))
+
+
+def plan(
+    params: Any,
+    budget: int | str,
+    *,
+    methods: Mapping[str, Callable[..., optax.GradientTransformation]] | None = None,
+    ranks: Iterable[int | float] = (128, 512, 1024),
+    bits: Iterable[int | None] = (None, 8),
+    layerwise: Iterable[bool] = (False, True),
+    activations: int = 0,
+    layers: str = LAYERS,
+) -> Plan:
+    """Method, rank, bits of the state and kind of step for a device, with the bytes of each choice.
+
+    weights + state + gradients + temporaries + activations ≤ budget, where
+
+    - state is `memory_report(tx, params).state`;
+    - gradients are as large as the weights, and in a layer-wise step (`layerwise_step`) those of the largest layer and
+      of everything around the layers;
+    - temporaries are an estimate of the update of the largest leaf, b matrices of (m, n) that are projected to rank r:
+      4 m n (the gradient in float32, for a refit of one matrix) + b m n · itemsize (the update)
+      + 12 b r n (coordinates, their moments' step, and the step that is lifted; float32).
+
+    Activations are what the model makes of them: give them, or leave room. A compiler's own count of a whole step is
+    `jax.jit(step).lower(...).compile().memory_analysis()`.
+
+    Args:
+      params: parameters, or their `jax.ShapeDtypeStruct`s.
+      budget: bytes, or a number with a unit: "24GB" (10⁹), "80GiB" (2³⁰).
+      methods: optimizers by name, each a function of `rank` and `state_bits` or of those of them that it takes; default
+        AdamW and the aliases of this package.
+      ranks, bits: of those methods that take them.
+      layerwise: whether layer by layer; left out where no leaf belongs to a layer.
+      activations: bytes.
+      layers: pattern of the paths of the layers' leaves. Its group 1 is the number of the layer; leaves where it is
+        empty have the layers stacked on axis 0.
+
+    Returns:
+      A `Plan`: all rows, in the order of the arguments, and the best of them.
+
+    Raises:
+      ValueError: `budget` cannot be read.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_lowrank as ol
+      >>> kernel = jax.ShapeDtypeStruct((8, 1024, 4096), jnp.bfloat16)
+      >>> choice = ol.plan({"layers": {"kernel": kernel}}, "0.14GB", ranks=(64, 256))
+      >>> choice.best.method, choice.best.rank, choice.best.bits, choice.best.layerwise
+      ('galore', 256, 8, True)
+    """
+    size = budget if isinstance(budget, int) else _parse(budget)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    parameters = sum(map(_bytes, jax.tree.leaves(shapes)))
+    one_layer, ends = _layers(shapes, layers)
+    ways = [way for way in layerwise if one_layer or not way]
+    bits, ranks = tuple(bits), tuple(ranks)
+    rows = []
+    for name, make in (_defaults() if methods is None else methods).items():
+        takes = inspect.signature(make).parameters
+        for rank in ranks if "rank" in takes else (None,):
+            for codes in bits if "state_bits" in takes else (None,):
+                given = {"rank": rank, "state_bits": codes}
+                tx = make(**{key: value for key, value in given.items() if key in takes})
+                state = optax_lowrank.memory_report(tx, shapes).state
+                for way in ways:
+                    gradients = one_layer + ends if way else parameters
+                    leaves = [_one(leaf, path, layers, way) for path, leaf in _leaves(shapes)]
+                    temporaries = max((_temporaries(leaf, rank) for leaf in leaves), default=0)
+                    total = parameters + state + gradients + temporaries
+                    fits = total + activations <= size
+                    sizes = parameters, state, gradients, temporaries
+                    rows.append(PlanRow(name, rank, codes, way, *sizes, fits))
+    return Plan(size, tuple(rows))
+
+
+def _defaults():
+    def adamw(state_bits):
+        adam = optax.scale_by_adam()
+        adam = adam if state_bits is None else optax_lowrank.quantize_state(adam, state_bits)
+        return optax.chain(adam, optax.scale_by_learning_rate(1.0))
+
+    aliases = {name: getattr(optax_lowrank, name, None) for name in METHODS}
+    return {"adamw": adamw} | {
+        name: functools.partial(alias, 1.0) for name, alias in aliases.items() if alias
+    }
+
+
+def _parse(text) -> int:
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ValueError(
+            f'`budget` must be bytes or a text such as "24GB" or "80GiB", got {text!r}.'
+        )
+    number, prefix, binary = match.groups()
+    return round(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+
+
+def _leaves(tree):
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+
+
+def _layers(shapes, pattern) -> tuple[int, int]:
+    """Bytes of the largest layer, and of what is in no layer."""
+    numbered: dict[str, int] = {}
+    stacked, ends = 0, 0
+    for path, leaf in _leaves(shapes):
+        match = re.search(pattern, path)
+        if match is None:
+            ends += _bytes(leaf)
+        elif number := match.group(1):
+            key = path[: match.start()] + number
+            numbered[key] = numbered.get(key, 0) + _bytes(leaf)
+        else:
+            stacked += _bytes(leaf) // leaf.shape[0]
+    return stacked + max(numbered.values(), default=0), ends
+
+
+def _one(leaf, path, pattern, layerwise):
+    """A leaf as the optimizer has it at a time: of a stack, in a layer-wise step, one layer."""
+    match = re.search(pattern, path)
+    if layerwise and match and not match.group(1):
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    return leaf
+
+
+def _temporaries(leaf, rank) -> int:
+    m, n = sorted((1, 1, *leaf.shape)[-2:])
+    if rank is None or m <= 1:
+        return _bytes(leaf)
+    r = min(m, rank if isinstance(rank, int) else round(rank * m))
+    return 4 * m * n + _bytes(leaf) + 12 * (leaf.size // (m * n)) * r * n
+
+
+def _bytes(x) -> int:
+    return x.size * jnp.dtype(x.dtype).itemsize
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f}"

@@ -1,0 +1,420 @@
+"""Rules: what a method does with the coordinates of ONE matrix, and how rules are made of others.
+
+A rule knows no batch axis, no path and no other matrix: `low_rank` maps it over stacks and leaves. See `Rule`.
+"""
+
+import dataclasses
+import inspect
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_lowrank import codes
+from optax_lowrank.linalg import matmul
+from optax_lowrank.views import flatten_by_path
+from optax_lowrank.walls import after, when
+
+
+class Turn(NamedTuple):
+    """A change of basis, P_old to P_new, as it acts on coordinates: x ↦ Q x, and on both sides x ↦ Q x Kᵀ."""
+
+    Q: jax.Array  # (r, r), P_newᵀ P_old
+    K: jax.Array | None = None  # (r, r), the same of the other side's bases, if it has any
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What is linear in the gradient, in the new coordinates: exact within the old subspace."""
+        return self._apply(self.Q, self.K, x)
+
+    def squared(self, x: jax.Array) -> jax.Array:
+        """The same for averages of squares, by Q∘Q: exact where coordinates were uncorrelated."""
+        return self._apply(jnp.square(self.Q), None if self.K is None else jnp.square(self.K), x)
+
+    @staticmethod
+    def _apply(Q, K, x):
+        x = matmul(Q, x.astype(Q.dtype))
+        return (
+            x if K is None or x.shape[-1] == 1 else matmul(x, K.mT)
+        )  # one number a row has no columns
+
+
+def unturned(state: Any, turn: Turn) -> Any:
+    """Leaves a state in the old coordinates: the `turn` of a rule that does not look at the basis."""
+    del turn
+    return state
+
+
+class Rule(NamedTuple):
+    """One method on one matrix: a step A of the coordinates and a weight c for each column of the gradient.
+
+        U = P A + G diag(c)
+
+    Args:
+      init: `R -> state`, for coordinates of shape (r, n), given as zeros. The state is a tree of arrays.
+      turn: `(state, Turn) -> state`, when the basis has changed.
+      step: `(R, columns, state, **extra) -> (A, c, state)`; R (r, n) float32 or wider, columns (n,) float32 the squared
+        lengths ‖G_j‖², A (r, n) or None for no step, c (n,) or None for none. `extra` holds what Optax was given
+        besides, `count`, () int32, the updates so far, and `size`, () int, the m of G (m, n); a step without `**`
+        gets nothing of it.
+      recall: `state -> (r, n)`, coordinates that the next basis should hold besides the gradient, or None.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_lowrank as ol
+      >>> step = lambda R, columns, state: (jnp.sign(R), None, state)
+      >>> sign = ol.Rule(init=lambda R: (), turn=lambda state, turn: state, step=step)
+      >>> G = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
+      >>> tx = ol.low_rank(sign, rank=2, fit=ol.svd())
+      >>> tx.update({"w": G}, tx.init({"w": G}))[0]["w"].tolist()
+      [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+
+    init: Callable[[jax.Array], Any]
+    turn: Callable[[Any, Turn], Any]
+    step: Callable[..., tuple[jax.Array | None, jax.Array | None, Any]]
+    recall: Callable[[Any], jax.Array] | None = None
+
+
+def as_rule(x: Rule | optax.GradientTransformation) -> Rule:
+    """A rule as it is, or a transformation of (r, n) coordinates lifted to one.
+
+    Raises:
+      TypeError: it is neither.
+    """
+    if isinstance(x, OfRule):
+        return x.rule
+    if isinstance(x, Rule):
+        takes = inspect.signature(x.step).parameters.values()
+        if any(p.kind is p.VAR_KEYWORD for p in takes):
+            return x
+        return x._replace(step=lambda R, columns, state, **_: x.step(R, columns, state))
+    if not isinstance(x, tuple) or not hasattr(x, "update"):
+        raise TypeError(f"`low_rank` needs a `Rule` or an Optax transformation, got {x!r}.")
+    return lifted(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlyShape:
+    """What a transformation inside `low_rank` gets for `params`: arithmetic fails at once, where a struct is traced."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+def lifted(tx: optax.GradientTransformation) -> Rule:
+    """The rule A = tx(R) of an Optax transformation; a change of basis leaves its state alone.
+
+    It sees the (r, n) coordinates of one matrix at a time, and as `params` only their shape.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def noted(call, *args, **extra):
+        try:
+            return call(*args, **extra)
+        except Exception as error:
+            error.add_note(
+                "A transformation inside `low_rank` sees the coordinates (r, n) of one matrix, and as `params` their "
+                "shape and dtype only. Put what computes with weights (decay, trust ratios) or with several "
+                "leaves (global norms) outside: `optax.chain(low_rank(...), ...)`."
+            )
+            raise
+
+    def step(R, columns, state, *, params=None, count=None, size=None, **extra):
+        del columns, count, size
+        params = OnlyShape(R.shape, R.dtype) if params is None else params
+        A, state = noted(tx.update, R, state, params, **extra)
+        return A, None, state
+
+    return Rule(lambda R: noted(tx.init, R), unturned, step)
+
+
+class OfRule(optax.GradientTransformationExtraArgs):
+    """A rule as a transformation of any tree of arrays, which `low_rank` takes for the rule itself."""
+
+    rule: Rule
+
+
+def of_rule(rule: Rule, batch_axes: int = 0) -> OfRule:
+    """Applies a rule to every leaf of a tree, one leaf after the other; each is one matrix, whatever its shape.
+
+    Args:
+      rule: whose A is the update; it cannot weigh columns.
+      batch_axes: how many leading axes of each leaf count matrices of their own.
+
+    Returns:
+      A transformation. Its state is a dict by path.
+    """
+
+    def mapped(function):
+        for _ in range(batch_axes):
+            function = jax.vmap(function)
+        return function
+
+    def init(params):
+        leaves, _ = flatten_by_path(params)
+        if (
+            not leaves
+        ):  # a scalar where `optax.tree_map_params` asks where copies of the parameters are
+            return OfRuleState(jnp.zeros([], jnp.int32), jnp.zeros([]))
+        start = lambda x: repeated(rule.init, x.shape[batch_axes:], wide(x), x.shape[:batch_axes])
+        return OfRuleState(jnp.zeros([], jnp.int32), {path: start(x) for path, x in leaves.items()})
+
+    def update(updates, state, params=None, **extra):
+        leaves, treedef = flatten_by_path(updates)
+        weights = flatten_by_path(params)[0] if params is not None else {}
+        out, states, before = {}, {}, None
+        for path, x in leaves.items():
+
+            def one(g, old, w):
+                A, _, new = rule.step(
+                    g.astype(wide(g)), None, old, params=w, count=state.count, **extra
+                )
+                return A.astype(g.dtype), new
+
+            args = (x, state.leaves[path], weights.get(path))
+            out[path], states[path] = before, _ = after(before, mapped(one), *args)
+        count = optax.safe_increment(state.count)
+        return treedef.unflatten(out.values()), OfRuleState(
+            count, states if leaves else state.leaves
+        )
+
+    tx = OfRule(init, update)
+    tx.rule = rule
+    return tx
+
+
+class OfRuleState(NamedTuple):
+    """State of a rule that is used as a transformation."""
+
+    count: jax.Array  # () int32, updates so far
+    leaves: Any  # dict by path of the rule's states
+
+
+def repeated(init: Callable[[jax.Array], Any], shape, dtype, batch: tuple[int, ...]) -> Any:
+    """The state of a rule before the first step, once for each matrix of a stack."""
+    state = init(jnp.zeros(shape, dtype))
+    return jax.tree.map(lambda x: jnp.tile(x, (*batch, *(1,) * jnp.ndim(x))), state)
+
+
+class Asked(jax.ShapeDtypeStruct):
+    """A shape for which `resize` wants the state at another rank: of a parameter, or of its coordinates.
+
+    Args:
+      shape, dtype: of the array that stands for it.
+      rank: of the basis; None is the optimizer's own.
+      coded: arrays of the rule's state that `in_codes` is to encode; None are the large ones.
+    """
+
+    def __init__(self, shape, dtype, rank: int | None = None, coded: frozenset[str] | None = None):
+        super().__init__(shape, dtype)
+        self.rank, self.coded = rank, coded
+
+    def __jax_array__(self):
+        return jnp.zeros(self.shape, self.dtype)
+
+
+def wide(x: Any) -> Any:
+    """The dtype in which an array is computed with: its own, but float32 at least."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+# -------------------------------------------------------------------------------------------------- rules of rules
+
+
+def chained(*rules: Rule | optax.GradientTransformation) -> Rule:
+    """Rules one after the other, as `optax.chain`: each gets the A of the one before for its R.
+
+    Args:
+      rules: rules or transformations of the coordinates. Columns can be weighed by the last one only.
+
+    Returns:
+      A rule.
+
+    Example:
+      >>> import optax, optax_lowrank as ol
+      >>> natural = ol.chained(ol.scale_by_woodbury_fisher(history=2), ol.scale_by_rotated_adam())
+      >>> tx = ol.low_rank(natural, rank=4)
+    """
+    rules = tuple(map(as_rule, rules))
+
+    def step(R, columns, states, **extra):
+        new, c = [], None
+        for rule, state in zip(rules, states, strict=True):
+            R, c, state = rule.step(R, columns, state, **extra)
+            new.append(state)
+        return R, c, tuple(new)
+
+    return Rule(
+        init=lambda R: tuple(rule.init(R) for rule in rules),
+        turn=_turn_each([rule.turn for rule in rules]),
+        step=step,
+    )
+
+
+def _turn_each(turns):
+    if all(turn is unturned for turn in turns):
+        return unturned
+    return lambda states, turn: tuple(f(s, turn) for f, s in zip(turns, states, strict=True))
+
+
+class AccumulatedState(NamedTuple):
+    """State of `accumulated`."""
+
+    mean: jax.Array  # (r, n), this window's micro-batches so far, their sum divided by k; zeros again after the last
+    inner: Any
+
+
+def accumulated(rule: Rule | optax.GradientTransformation, k: int) -> Rule:
+    """Gives a rule the mean of k micro-batches; the steps of all but the last of them are zero.
+
+    Projection is linear while the basis stands, so the mean of the coordinates is the coordinates of the mean: r·n
+    floats a matrix, where `optax.MultiSteps` around the optimizer keeps m·n. The basis must stand for a window:
+    `low_rank(accumulated(rule, k), refresh=in_windows(policy, k))`. The argument `accumulate` of the aliases does it
+    all.
+
+    A micro-batch that is not finite counts as zero; if it is the last of a window, its matrix steps at the end of the
+    next.
+
+    Args:
+      rule: of one matrix; it cannot weigh columns, which needs the mean of whole gradients.
+      k: micro-batches of a window, ≥ 1; 1 makes it the rule itself.
+
+    Returns:
+      A rule.
+
+    Raises:
+      ValueError: k < 1, or the rule weighs columns (at the first update).
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_lowrank as ol
+      >>> tx = ol.low_rank(ol.accumulated(optax.identity(), k=2), rank=2, refresh=ol.in_windows(ol.every(9), k=2))
+      >>> state = tx.init({"w": jnp.eye(2)})
+      >>> for size in (1.0, 3.0):
+      ...     update, state = tx.update({"w": size * jnp.eye(2)}, state)
+      ...     print(jnp.diag(update["w"]).round(5).tolist())
+      [0.0, 0.0]
+      [2.0, 2.0]
+    """
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"`accumulate` must be a positive number of micro-batches, got {k!r}.")
+    rule = as_rule(rule)
+    if k == 1:
+        return rule
+
+    def turn(state, turn):
+        # a basis that is refit late, after bad gradients, turns what the window has summed so far
+        return AccumulatedState(turn(state.mean), rule.turn(state.inner, turn))
+
+    def step(R, columns, state, *, count, **extra):
+        del columns
+        mean = state.mean + R / k
+
+        def end(_):
+            A, c, inner = rule.step(mean, None, state.inner, count=count // k, **extra)
+            if c is not None:
+                raise ValueError(
+                    "`accumulated` sums coordinates; a rule that weighs columns needs whole gradients."
+                )
+            return A, AccumulatedState(jnp.zeros_like(mean), inner)
+
+        nothing = jnp.zeros_like(R), state._replace(mean=mean)
+        A, state = when((count + 1) % k == 0, end, nothing)
+        return A, None, state
+
+    return Rule(lambda R: AccumulatedState(jnp.zeros_like(R), rule.init(R)), turn, step)
+
+
+class CodedState(NamedTuple):
+    """State of `in_codes`."""
+
+    inner: Any  # of the rule, large float arrays as uint8 codes
+    block_scale: dict[
+        str, jax.Array
+    ]  # (..., blocks) float32 by the array's path in `inner`: who is here is in codes
+    count: jax.Array | None  # () int32, updates so far; only where rounding is stochastic
+
+
+def in_codes(
+    rule: Rule | optax.GradientTransformation,
+    bits: int = 8,
+    block_size: int | None = None,
+    min_size: int = 4096,
+    unsigned: tuple[str, ...] = ("nu",),
+    stochastic: bool = False,
+    seed: int = 0,
+) -> Rule:
+    """Keeps the large float arrays of a rule's state as codes: decoded, stepped, encoded again. See `quantize_state`.
+
+    Raises:
+      ValueError: `bits` is not 8 or 4, or `block_size` not positive.
+    """
+    if bits not in (8, 4) or isinstance(bits, bool):
+        raise ValueError(f"`bits` must be 8 or 4, got {bits!r}.")
+    block_size = (256 if bits == 8 else 128) if block_size is None else block_size
+    if block_size < 1:
+        raise ValueError(f"`block_size` must be positive, got {block_size}.")
+    rule = as_rule(rule)
+    book = codes.Book(bits, block_size)
+    signed = lambda key_path: not {getattr(p, "name", None) for p in key_path} & set(unsigned)
+
+    def encode(state, chosen, count):
+        scales = {}
+
+        def leaf(key_path, x):
+            path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+            if not chosen(path, x):
+                return x
+            noise = None
+            if count is not None:
+                key = jax.random.fold_in(jax.random.key(seed), count)
+                key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+                noise = jax.random.uniform(key, x.shape, jnp.float32)
+            numbers, scales[path] = book.encode(x, signed(key_path), noise)
+            return numbers
+
+        inner = jax.tree_util.tree_map_with_path(leaf, state)
+        return CodedState(inner, scales, None if count is None else optax.safe_increment(count))
+
+    def decode(state, dtype):
+        def leaf(key_path, x):
+            path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+            if path not in state.block_scale:
+                return x
+            return book.decode(x, state.block_scale[path], signed(key_path)).astype(dtype)
+
+        return jax.tree_util.tree_map_with_path(leaf, state.inner)
+
+    def again(new, state):
+        return encode(new, lambda path, _: path in state.block_scale, state.count)
+
+    def init(R):
+        large = lambda _, x: (
+            x.ndim > 0 and x.size >= min_size and jnp.issubdtype(x.dtype, jnp.floating)
+        )
+        asked = getattr(R, "coded", None)
+        chosen = large if asked is None else lambda path, _: path in asked
+        coded = encode(rule.init(R), chosen, None)
+        return coded._replace(count=jnp.zeros([], jnp.int32) if stochastic else None)
+
+    def turn(state, turn):
+        return again(rule.turn(decode(state, turn.Q.dtype), turn), state)
+
+    def step(R, columns, state, **extra):
+        A, c, new = rule.step(R, columns, decode(state, R.dtype), **extra)
+        return A, c, again(new, state)
+
+    recall = rule.recall and (lambda state: rule.recall(decode(state, jnp.float32)))
+    return Rule(init, unturned if rule.turn is unturned else turn, step, recall)

@@ -1,0 +1,98 @@
+"""Walls: what XLA must not reorder, and branches that hold outside jit and inside `shard_map` as well.
+
+Memory is the reason for `after`. Left alone, XLA lifts the steps of all leaves before it applies the first, and
+decodes the moments of all before it updates one; in turn, the temporaries of a step are those of one leaf.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+
+
+def after(before: jax.Array | None, compute: Callable[..., Any], *operands: Any) -> Any:
+    """`compute(*operands)`, which inside jit does not begin before the array `before` is there."""
+    if not isinstance(before, jax.core.Tracer) or not before.size:
+        return compute(*operands)  # outside jit everything has its turn
+
+    def barrier(before, *operands):
+        return compute(*lax.optimization_barrier((operands, before))[0])
+
+    def branch(before, *operands):
+        # XLA for CPU drops barriers. It computes a predicate first, and does not know that this one never holds.
+        never = (jnp.ravel(before)[0].astype(jnp.int32) & 0x7FFFFFFF) < 0
+        zeros = lambda *_: jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, *operands)
+        )
+        return cond(never, zeros, compute, *operands)
+
+    return lax.platform_dependent(before, *operands, cpu=branch, default=barrier)
+
+
+def when(pred: Any, update: Callable[[Any], Any], x: Any) -> Any:
+    """`update(x)` where `pred` holds, else `x`, in place.
+
+    A loop of one turn or none: a branch of `lax.cond` copies what it returns as it was. Of an update of a slice it
+    also makes one result, where XLA for CPU repeats it in a copy for each reader: of a Fisher history there were
+    four, at 17 to 28 times the price of reading it.
+    """
+    if not isinstance(pred, jax.core.Tracer):
+        return update(x) if pred else x
+    return loop(pred.astype(jnp.int32), lambda _, x: update(x), x)
+
+
+def loop(turns: jax.Array, body: Callable[[jax.Array, Any], Any], x: Any) -> Any:
+    """`lax.fori_loop` from 0 to `turns`, whose arrays are updated in place."""
+    if _in_shard_map():
+        varying = _axes((jax.eval_shape(body, turns, x), x))
+        x, body = _vary(x, varying), _varying(body, varying)
+    return lax.fori_loop(jnp.int32(0), turns, body, x)
+
+
+def cond(pred: Any, true: Callable[..., Any], false: Callable[..., Any], *operands: Any) -> Any:
+    """`lax.cond`; a plain `if` outside jit, where a branch would be compiled anew on every call."""
+    if not isinstance(pred, jax.core.Tracer):
+        return true(*operands) if pred else false(*operands)
+    if _in_shard_map():
+        varying = _axes(jax.eval_shape(lambda: (true(*operands), false(*operands))))
+        true, false = (_varying(branch, varying) for branch in (true, false))
+    return lax.cond(pred, true, false, *operands)
+
+
+def _in_shard_map():
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
+def vary_alike(*trees: Any) -> Any:
+    """The trees, all arrays varying over the devices of a `shard_map` where one of them does."""
+    axes = _axes(trees)
+    return _vary(trees, axes) if axes else trees
+
+
+def _varying(branch, axes):
+    return lambda *operands: _vary(branch(*operands), axes)
+
+
+def _vary(tree, axes):
+    def leaf(x):
+        missing = tuple(sorted(axes - _axes(x)))
+        if not missing:
+            return x
+        return (
+            lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)
+        )
+
+    return jax.tree.map(leaf, tree)
+
+
+def _axes(tree) -> frozenset[str]:
+    """Mesh axes over which an array of the tree varies."""
+    found = frozenset()
+    for x in jax.tree.leaves(tree):
+        kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+        manual = getattr(kind, "manual_axis_type", None)
+        found |= manual.varying if manual is not None else getattr(kind, "vma", None) or frozenset()
+    return found

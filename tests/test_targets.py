@@ -1,0 +1,100 @@
+"""Nothing is bound to a CPU: every update lowers for GPUs and TPUs, and what their compilers say is read rightly."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import __main__ as command, targets
+from benchmarks.memory import mib
+from benchmarks.trees import step_of
+
+from .helpers import OPTIMIZERS, PROBLEMS
+
+BITS = {"float32 state": {}, "8-bit state": {"state_bits": 8}}
+
+
+def abstract(problem, dtype=jnp.bfloat16):
+    leaf = lambda shape: jax.ShapeDtypeStruct(shape, dtype)
+    return jax.tree.map(leaf, PROBLEMS[problem], is_leaf=lambda node: isinstance(node, tuple))
+
+
+@pytest.mark.parametrize("options", BITS.values(), ids=BITS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_and_its_refits_lower_for_gpus_and_tpus(name, options):
+    tx = OPTIMIZERS[name](learning_rate=1e-2, **options)
+    params = abstract("transformer")
+    state = jax.eval_shape(tx.init, params)
+    export = jax.export.export(jax.jit(step_of(tx)), platforms=("cuda", "tpu"))
+    exported = export(params, state, params)
+    assert exported.platforms == ("cuda", "tpu")
+    assert exported.out_avals == exported.in_avals[: len(exported.out_avals)]
+
+
+LEAF = (2, 32, 48)
+PRODUCT = {
+    "at once": lambda P, G: P @ G.astype(jnp.float32),
+    "merged": lambda P, G: P[0] @ G.astype(jnp.float32).swapaxes(0, 1).reshape(32, 96),
+    "in a loop": lambda P, G: jax.lax.fori_loop(0, 3, lambda _, x: P @ x, G.astype(jnp.float32)),
+    "on some steps": lambda P, G: jax.lax.cond(
+        P[0, 0, 0] > 0, lambda: (P @ G.astype(jnp.float32)).astype(G.dtype), lambda: G
+    ),
+    "a part": lambda P, G: P[:1] @ G[:1].astype(jnp.float32),
+    "in bfloat16": lambda P, G: G * G + G,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [(name, i < 3) for i, name in enumerate(PRODUCT)], ids=PRODUCT
+)
+def test_float32_arrays_of_a_leaf_are_found_outside_branches(name, found):
+    arguments = (
+        jax.ShapeDtypeStruct((2, 32, 32), jnp.float32),
+        jax.ShapeDtypeStruct(LEAF, jnp.bfloat16),
+    )
+    compiled = jax.jit(lambda P, G: PRODUCT[name](P, G).astype(G.dtype)).lower(*arguments).compile()
+    written = targets.full_size_float32(compiled, [LEAF])
+    assert bool(written) == found, written
+    assert not targets.full_size_float32(compiled, [(2, 31, 48)])
+
+
+def test_the_table_says_what_is_compiled_what_does_not_fit_and_that_nothing_ran(monkeypatch):
+    monkeypatch.setattr(targets, "device", lambda target: jax.devices()[0])
+    galore = targets.Job("h100", "quick", targets.UPDATE, "galore")
+    found = targets.measure(galore)
+    assert found["peak"] > found["state"] > 0
+    assert found["temporaries"] > 0
+    measured = lambda job: found if job == galore else {"error": "does not fit"}
+    table = targets.targets("h100", ["quick"], ["optax.adamw", "galore"], measured)
+    rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    assert all(row["target"] == "h100, compiled, not run" for row in rows)
+    assert [(row["program"], row["optimizer"], row["state, MiB"]) for row in rows] == [
+        ("update and apply", "optax.adamw", "does not fit"),
+        ("update and apply", "galore", mib(found["state"])),
+        ("update and apply", "galore, 8 bits", "does not fit"),
+        ("training step", "optax.adamw", "does not fit"),
+        ("training step", "galore", "does not fit"),
+        ("training step", "galore, 8 bits, layer-wise", "does not fit"),
+    ]
+    assert table.figure
+
+
+@pytest.mark.parametrize("how", ["", ", layer-wise"])
+def test_a_training_step_gives_back_what_it_takes(how):
+    job = targets.Job("h100", "quick", targets.STEP, f"galore, 8 bits{how}")
+    step, (params, state, tokens), _ = targets.program(job)
+    assert jax.eval_shape(step, params, state, tokens) == (params, state)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_without_a_compiler_a_target_is_left_out_with_a_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--target", "h100", "v6e"])
+    command.main()
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ["h100", "v6e"]
+    assert "targets-cuda" in said[0]
+    assert "targets-tpu" in said[1]
+    assert not list(tmp_path.iterdir())
