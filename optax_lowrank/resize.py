@@ -167,14 +167,15 @@ def abstract_state(tx: optax.GradientTransformation, params: Any, like: Any) -> 
 
 def _shapes(tx, params, ranks=MappingProxyType({}), coded=MappingProxyType({})):
     """Shapes of `tx.init(params)` at these ranks, with these arrays in codes; by path."""
-    return jax.eval_shape(lambda: tx.init(_asked(params, ranks, coded)))
+    return jax.eval_shape(lambda params: tx.init(_asked(params, ranks, coded)), params)
 
 
 def _asked(params, ranks, coded):
     leaves, treedef = flatten_by_path(params)
-
-    asked = lambda path, x: Asked(x.shape, x.dtype, ranks.get(path), coded.get(path))
-    return treedef.unflatten(asked(path, x) for path, x in leaves.items())
+    for path in ranks.keys() | coded.keys():
+        x = leaves[path]
+        leaves[path] = Asked(x.shape, x.dtype, ranks.get(path), coded.get(path))
+    return treedef.unflatten(leaves.values())
 
 
 def _coded(usual, names) -> dict[str, frozenset[str]]:
@@ -200,13 +201,18 @@ def _initial_leaves(tx, params, ranks, coded, chosen):
     """The chosen leaves of `tx.init(params)`; none of the others is allocated."""
     if not any(chosen):
         return []
-    start = lambda: jax.tree.leaves(tx.init(_asked(params, ranks, coded)))
+
+    def start():  # from zeros: what grows depends on shapes only
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
+        return jax.tree.leaves(tx.init(_asked(zeros, ranks, coded)))
+
     return jax.jit(lambda: [x for x, take in zip(start(), chosen, strict=True) if take])()
 
 
 def _by_name(tree) -> dict[str, Any]:
     """Leaves by a name that a state, its boxed copy in an `nnx.Optimizer` and a checkpoint's metadata share."""
-    return flatten_by_path(tree)[0]
+    # in metadata a box is a dict
+    return {name.removesuffix("/value"): x for name, x in flatten_by_path(tree)[0].items()}
 
 
 def _bases(state) -> list[tuple[str, Any]]:

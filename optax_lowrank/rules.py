@@ -165,11 +165,13 @@ def of_rule(rule: Rule, batch_axes: int = 0) -> OfRule:
 
     def init(params):
         leaves, _ = flatten_by_path(params)
-        if (
-            not leaves
-        ):  # a scalar where `optax.tree_map_params` asks where copies of the parameters are
+        if not leaves:  # a scalar, see `low_rank`
             return OfRuleState(jnp.zeros([], jnp.int32), jnp.zeros([]))
-        start = lambda x: repeated(rule.init, x.shape[batch_axes:], wide(x), x.shape[:batch_axes])
+
+        def start(x):
+            abstract = isinstance(x, jax.ShapeDtypeStruct)
+            return mapped(rule.init)(jnp.zeros(x.shape, wide(x)) if abstract else x.astype(wide(x)))
+
         return OfRuleState(jnp.zeros([], jnp.int32), {path: start(x) for path, x in leaves.items()})
 
     def update(updates, state, params=None, **extra):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.compilation_cache import compilation_cache as cache
 
 import optax_lowrank as ol
 
@@ -111,6 +112,7 @@ def compilation_cache(folder):
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+        cache.reset_cache()  # or it goes on writing whatever is compiled later
 
 
 def turning_gradients(shape, steps=14):

@@ -50,7 +50,7 @@ def rounding(coded):
     They round differently, and Adam divides each coordinate by its own size, which makes a rounding error in a small
     one visible; a number between two codes becomes either. A mistake shows at the size of the step itself.
     """
-    return 0.1 if coded else 2e-3
+    return 0.1 if coded else 5e-3
 
 
 def starts(tx, params):

@@ -280,7 +280,7 @@ def test_fits_inside_low_rank(name, dtype):
     state, update = tx.init(G), jax.jit(tx.update)
     for _ in range(3):
         updates, state = update(G, state)
-    P = np.asarray(state.basis["kernel"][0])
+    P = np.asarray(state.leaves["kernel"].basis[0])
     assert (P.shape, P.dtype) == ((12, 4), np.float32)
     assert_orthonormal(P)
     assert updates["kernel"].dtype == dtype

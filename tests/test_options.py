@@ -263,9 +263,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "words"), WRONG, ids=lambda x: str(x)[:40] if isinstance(x, dict) else ""
-)
+@pytest.mark.parametrize(("options", "error", "words"), WRONG, ids=range(len(WRONG)))
 def test_wrong_values_are_told_in_the_factory(options, error, words):
     for make in (ol.galore, ol.adarankgrad):
         with pytest.raises(error, match=words):
