@@ -124,19 +124,16 @@ def assemble(
         decay = weight_decay
         if accumulate > 1:
             decay = jnp.where((state.count + 1) % accumulate == 0, weight_decay, 0)
-        parts, taken = (
-            flatten_by_path(labels(updates))[0],
-            _taken(updates, new, axes) if decays else {},
-        )
+        parts = flatten_by_path(labels(updates))[0]
+        taken = _taken(updates, new, axes) if decays else {}
 
         def finish(path, u):
             if not finished_here[parts[path]]:
                 return u
             x = u.astype(wide(u))
             if decays.get(path):
-                x = x + jnp.where(taken[path], decay, 0).astype(x.dtype) * weights[path].astype(
-                    x.dtype
-                )
+                λ = jnp.where(taken[path], decay, 0).astype(x.dtype)
+                x = x + λ * weights[path].astype(x.dtype)
             return (-jnp.asarray(rate, x.dtype) * x).astype(u.dtype)
 
         leaves, treedef = flatten_by_path(out)

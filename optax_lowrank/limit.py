@@ -14,7 +14,7 @@ def subspace_ratio(
 
     Where the basis hardly holds a column this is a ratio of noise. A random basis holds r / m of it; a column of
     which ours holds less than a quarter of that is taken to have a quarter: ‖G_j‖ φ_j ≤ 2 √(m / r) ‖N_j‖, twice as
-      far as moments of all of G could have gone.
+    far as moments of all of G could have gone.
 
     Args:
       N, R: (r, n), step and coordinates.

@@ -37,9 +37,8 @@ class Turn(NamedTuple):
     @staticmethod
     def _apply(Q, K, x):
         x = matmul(Q, x.astype(Q.dtype))
-        return (
-            x if K is None or x.shape[-1] == 1 else matmul(x, K.mT)
-        )  # one number a row has no columns
+        one_a_row = x.shape[-1] == 1  # a mass has no columns to turn
+        return x if K is None or one_a_row else matmul(x, K.mT)
 
 
 def unturned(state: Any, turn: Turn) -> Any:

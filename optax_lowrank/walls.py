@@ -35,9 +35,8 @@ def after(before: jax.Array | None, compute: Callable[..., Any], *operands: Any)
 def when(pred: Any, update: Callable[[Any], Any], x: Any) -> Any:
     """`update(x)` where `pred` holds, else `x`, in place.
 
-    A loop of one turn or none: a branch of `lax.cond` copies what it returns as it was. Of an update of a slice it
-    also makes one result, where XLA for CPU repeats it in a copy for each reader: of a Fisher history there were
-    four, at 17 to 28 times the price of reading it.
+    A loop of one turn or none: a branch of `lax.cond` copies what it returns as it was. And an update of a slice in it
+    has one result, where XLA for CPU otherwise repeats the update in a copy for each reader.
     """
     if not isinstance(pred, jax.core.Tracer):
         return update(x) if pred else x
