@@ -161,17 +161,15 @@ def _chosen(mask, params):
 def _taken(updates, state, axes) -> dict[str, jax.Array]:
     """For each leaf whether its step was taken: an array that broadcasts against it, one bool a matrix."""
     leaves, _ = flatten_by_path(updates)
-    taken = {path: _finite(g) for path, g in leaves.items()}
-    found = axes_by_path(updates, axes, strict=False)
+    found, taken = axes_by_path(updates, axes, strict=False), {}
     is_one = lambda x: isinstance(x, LowRankState)
     for part in filter(is_one, jax.tree.leaves(state, is_leaf=is_one)):
         if isinstance(part.leaves, dict):
             views = {path: MatrixView.of(leaves[path].shape, found[path]) for path in part.leaves}
-            for path, place in positions(
-                {path: view.batch for path, view in views.items()}
-            ).items():
+            places = positions({path: view.batch for path, view in views.items()})
+            for path, place in places.items():
                 taken[path] = views[path].per_matrix(part.stats.finite[place])
-    return taken
+    return taken | {path: _finite(g) for path, g in leaves.items() if path not in taken}
 
 
 def _finite(g):
