@@ -24,3 +24,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # No deadline, because a first example compiles; no randomness, so that no run fails by chance.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("repeatable")
+
+_tests_run = 0
+
+
+def pytest_runtest_teardown():
+    """Unloads the compiled programs of many tests: Linux grants a process 65,530 memory mappings, a test holds a few
+    hundred, and XLA crashes without them."""
+    global _tests_run
+    _tests_run += 1
+    if _tests_run % 64 == 0:
+        jax.clear_caches()
