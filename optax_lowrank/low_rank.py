@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax_lowrank.bases import Basis, BasisStore, Fitted, InDtype
 from optax_lowrank.classify import Rank, axes_by_path, check_rank, ranks_by_path
 from optax_lowrank.fits import Fit, check_fit, randomized_svd
-from optax_lowrank.refit import Leaf, Matrix, Plan, Refit, TwoSided, read_bases, refit
+from optax_lowrank.refit import Leaf, Matrix, Plan, TwoSided, hashed, read_bases, refit
 from optax_lowrank.refresh import (
     Policy,
     Statistics,
@@ -219,12 +219,14 @@ class _Core:
         pending = state.stats.pending.astype(bool) | self.refresh(state.count, state.stats)
         new = refit(self.plan, state.count, matrices, pending, places)
 
-        told = {**extra, "count": state.count}
+        update_leaf = functools.partial(self.update_leaf, {**extra, "count": state.count})
+        if isinstance(state.count, jax.core.Tracer):
+            update_leaf = jax.jit(update_leaf)  # traced once for leaves that are alike
         out, leaves, numbers, before = {}, {}, {}, None
         for path, matrix in matrices.items():
-            matrix = self.refreshed(matrix, new, path, places[path], state.count)
-            out[path], leaves[path], numbers[path] = before, *_ = self.update_leaf(
-                matrix, before, told
+            refreshed = new.stored[path], new.turn[path], new.fitted[places[path]]
+            out[path], leaves[path], numbers[path] = before, *_ = update_leaf(
+                matrix, *refreshed, before
             )
         energy, total, finite = map(
             jnp.concatenate, zip(*(numbers[p] for p in places), strict=True)
@@ -257,7 +259,7 @@ class _Core:
             rank = self.plan.basis.rank(leaf.basis.P if self.plan.two_sided else leaf.basis)
             rank = ranks[path] if rank is None else rank  # what `resize` has made of it
             last_fit = state.stats.last_fit[places[path]]
-            return Matrix(path, view, rank, grads[path], weights.get(path), leaf, last_fit, None)
+            return Matrix(view, rank, hashed(path), grads[path], weights.get(path), leaf, last_fit)
 
         return {path: matrix(path, view) for path, view in views.items()}
 
@@ -280,39 +282,40 @@ class _Core:
         outer = stack(lambda: self.geometry.init(W, view.sum_axis))
         return Leaf(basis, state, outer)
 
-    def refreshed(self, matrix: Matrix, new: Refit, path, place, count) -> Matrix:
-        """A leaf with the bases of this step, its rule's state in their coordinates."""
-        fitted, turn = new.fitted[place], new.turn[path]
+    def update_leaf(self, told, x: Matrix, stored, turn, fitted, before):
+        """The update of one leaf in the bases of this step, and its new state; not before the array `before` is there.
 
-        def turned(state, turn, fitted):
-            keep = lambda new, old: jnp.where(fitted, new, old)
-            return jax.tree.map(keep, self.rule.turn(state, turn), state)
-
-        state = matrix.leaf.rule
-        if self.plan.turns:
-            state = when(
-                jnp.any(fitted), lambda state: jax.vmap(turned)(state, turn, fitted), state
-            )
-        return matrix._replace(
-            leaf=matrix.leaf._replace(basis=new.stored[path], rule=state),
-            last_fit=jnp.where(fitted, count, matrix.last_fit),
-            fitted=fitted,
-        )
-
-    def update_leaf(self, x: Matrix, before, told):
-        """The update of one leaf, which does not begin before the array `before` is there, and its new state."""
+        Args:
+          told: what rules are told besides.
+          x: the leaf before the refresh.
+          stored, turn, fitted: of this refresh; turn is None if the rule does not ask.
+          before: the update of another leaf, or None.
+        """
         fold = lambda leaf: None if leaf is None else x.view.fold(leaf)
+        rule = self.turned(x.leaf.rule, turn, fitted)
 
         def project(gradient, weight, *others):  # folds here, or all leaves would be folded first
             G, W = fold(gradient), fold(weight)
             return jax.vmap(functools.partial(self.project, x))(G, W, *others), W
 
         layer = jnp.arange(x.view.batch, dtype=jnp.int32)
-        others = x.leaf.basis, layer, x.last_fit, x.fitted
+        last_fit = jnp.where(fitted, told["count"], x.last_fit)
+        others = stored, layer, last_fit, fitted
         projected, W = after(before, project, x.gradient, x.weight, *others)
         finish, G = jax.vmap(functools.partial(self.finish, x, told)), fold(x.gradient)
-        U, state, outer, *numbers = finish(G, W, projected, x.leaf.rule, x.leaf.geometry)
-        return x.view.unfold(U), x.leaf._replace(rule=state, geometry=outer), numbers
+        U, rule, geometry, *numbers = finish(G, W, projected, rule, x.leaf.geometry)
+        return x.view.unfold(U), Leaf(stored, rule, geometry), numbers
+
+    def turned(self, state, turn, fitted):
+        """The state of a leaf's rule in the coordinates of the new bases."""
+        if not self.plan.turns:
+            return state
+
+        def one(state, turn, fitted):
+            keep = lambda new, old: jnp.where(fitted, new, old)
+            return jax.tree.map(keep, self.rule.turn(state, turn), state)
+
+        return when(jnp.any(fitted), lambda state: jax.vmap(one)(state, turn, fitted), state)
 
     # ---------------------------------------------------------------------------------------------------- one matrix
 
@@ -345,6 +348,8 @@ class _Core:
         U = jnp.zeros_like(G)
         if A is not None:
             A = jnp.asarray(self.scale, dtype) * (A if K is None else jnp.matmul(A, K.T))
+            # an A of the state alone would not wait for this leaf's turn, as R does
+            A = jnp.where(finite, A, 0)
             U = x.view.product(P, A.astype(P.dtype)).astype(G.dtype)
         if c is not None:
             if self.plan.two_sided:

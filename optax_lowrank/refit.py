@@ -6,6 +6,7 @@ a select that factorizes every matrix on every step.
 """
 
 import collections
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping
@@ -17,9 +18,10 @@ from jax import lax
 
 from optax_lowrank.bases import Basis
 from optax_lowrank.linalg import matmul
+from optax_lowrank.refresh import positions
 from optax_lowrank.rules import Turn, wide
 from optax_lowrank.views import MatrixView
-from optax_lowrank.walls import cond, loop
+from optax_lowrank.walls import cond, loop, when
 
 
 class Plan(NamedTuple):
@@ -48,17 +50,18 @@ class Leaf(NamedTuple):
     geometry: Any = ()  # (b, ...), the geometry's state
 
 
-class Matrix(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Matrix:
     """What an update knows of one leaf, a stack of b matrices."""
 
-    path: str
-    view: MatrixView
-    rank: int
+    view: MatrixView = dataclasses.field(metadata={"static": True})
+    rank: int = dataclasses.field(metadata={"static": True})
+    name: jax.Array  # () uint32, of the path, see `hashed`
     gradient: jax.Array  # in the leaf's shape
     weight: jax.Array | None  # the same, where it is wanted
     leaf: Leaf
     last_fit: jax.Array  # (b,) int32
-    fitted: jax.Array | None  # (b,) bool, known after the refresh
 
 
 class Refit(NamedTuple):
@@ -67,19 +70,20 @@ class Refit(NamedTuple):
     stored: dict[str, Any]  # (b, ...)
     turn: dict[
         str, Turn | None
-    ]  # (b, r, r); the identity where nothing was fitted, None where nobody asks
+    ]  # (b, r, r), zeros where nothing was fitted; None where nobody asks
     fitted: jax.Array  # (k,) bool
     energy: jax.Array  # (k,) float32, ‖G‖² where fitted
 
 
 def read_bases(plan: Plan, x: Matrix, stored: Any, layer: jax.Array, last_fit: jax.Array):
     """The bases (P, K) of one matrix of a leaf as they are used, zeros before the first fit; K is None on one side."""
-    key = _key(plan, last_fit, _name(x.path), layer)
+    key = _key(plan, last_fit, x.name, layer)
     return _read(plan, x.view, x.rank, wide(x.gradient), stored, key, last_fit)
 
 
-def _name(path):
-    return zlib.crc32(path.encode())
+def hashed(path: str) -> jax.Array:
+    """A number that stays the same for a path, for keys of its own."""
+    return jnp.uint32(zlib.crc32(path.encode()))
 
 
 def _key(plan, count, name, layer):
@@ -124,103 +128,78 @@ def refit(
             [i for p in paths for i in range(places[p].start, places[p].stop)], jnp.int32
         )
         group = [matrices[path] for path in paths]
-        static = tuple((x.path, x.view, x.rank) for x in group)
-        arrays = [_Arrays(x.gradient, *_wanted(plan, x), x.leaf.basis, x.last_fit) for x in group]
-        done = _refit_equal_shapes(plan, static, count, arrays, pending[index])
+        done = _refit_equal_shapes(plan, count, group, pending[index])
         stored |= dict(zip(paths, done.stored, strict=True))
-        turns |= dict(zip(paths, done.turn, strict=True))
+        for path, place in positions({path: matrices[path].view.batch for path in paths}).items():
+            turns[path] = jax.tree.map(lambda x, place=place: x[place], done.turn)
         fitted.append(done.fitted)
         energy.append(done.energy)
         order.append(index)
     in_place = jnp.argsort(jnp.concatenate(order))
-    return Refit(
-        stored, turns, jnp.concatenate(fitted)[in_place], jnp.concatenate(energy)[in_place]
-    )
+    fitted, energy = (jnp.concatenate(x)[in_place] for x in (fitted, energy))
+    return Refit(stored, turns, fitted, energy)
 
 
-class _Arrays(NamedTuple):
-    """What a refit reads of one leaf."""
-
-    gradient: jax.Array
-    weight: jax.Array | None
-    rule: Any
-    stored: Any
-    last_fit: jax.Array
-
-
-def _wanted(plan, x):
-    return x.weight if plan.tangent else None, x.leaf.rule if plan.recall else None
-
-
-@functools.partial(
-    jax.jit, static_argnums=(0, 1)
-)  # so that a step outside jit does not compile it again
-def _refit_equal_shapes(plan, static, count, leaves, pending) -> Refit:
-    batches = [view.batch for _, view, _ in static]
+@functools.partial(jax.jit, static_argnums=0)  # so that a step outside jit compiles it once
+def _refit_equal_shapes(plan, count, matrices, pending) -> Refit:
+    batches = [x.view.batch for x in matrices]
     leaf_of = jnp.array([leaf for leaf, b in enumerate(batches) for _ in range(b)], jnp.int32)
     layer_of = jnp.array([layer for b in batches for layer in range(b)], jnp.int32)
-    name_of = jnp.array([_name(path) for path, *_ in static], jnp.uint32)
+    name_of = jnp.stack([x.name for x in matrices])
     order = jnp.argsort(~pending)  # those that are due come first
-    identity = _identity(plan, *static[0][1:], wide(leaves[0].gradient))
+    alike = matrices[0]
+    no_turn = _no_turn(plan, alike.rank, wide(alike.gradient))
 
     def one(step, done):
         i = order[step]
         leaf, layer = leaf_of[i], layer_of[i]
-        G, recalled, old, last_fit = _load(plan, static, leaves, done[0], leaf, layer)
+        G, recalled, old, last_fit = _load(plan, matrices, done.stored, leaf, layer)
         keys = [_key(plan, at, name_of[leaf], layer) for at in (last_fit, count)]
-        nothing = (old, identity, jnp.bool_(False), jnp.float32(0))
-        new = _fit_one(plan, static[0], G, recalled, old, last_fit, count, keys, nothing)
-        in_leaf = lambda j: functools.partial(_put_if, leaf == j, layer)
-        of_leaves = [
-            tuple(jax.tree.map(in_leaf(j), x, value) for j, x in enumerate(column))
-            for column, value in zip(done[:2], new[:2], strict=True)
-        ]
-        put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)
-        return *of_leaves, *map(put, done[2:], new[2:])
+        stored, turn, good, energy = _fit_one(
+            plan, alike, G, recalled, old, last_fit, count, keys, no_turn
+        )
+        put = lambda at: lambda x, y: lax.dynamic_update_index_in_dim(x, y, at, 0)
+        write = lambda of_leaf: jax.tree.map(put(layer), of_leaf, stored)
+        return Refit(
+            # one leaf is written, the others are not even read
+            tuple(when(good & (leaf == j), write, x) for j, x in enumerate(done.stored)),
+            *jax.tree.map(put(i), done[1:], (turn, good, energy)),
+        )
 
-    repeated = lambda b: jax.tree.map(lambda x: jnp.tile(x, (b, 1, 1)), identity)
     k = len(leaf_of)
-    numbers = jnp.zeros(k, bool), jnp.zeros(k, jnp.float32)
-    start = tuple(x.stored for x in leaves), tuple(map(repeated, batches)), *numbers
-    return Refit(*loop(jnp.sum(pending, dtype=jnp.int32), one, start))
+    turns = jax.tree.map(lambda x: jnp.tile(x, (k, 1, 1)), no_turn)
+    stored = tuple(x.leaf.basis for x in matrices)
+    start = Refit(stored, turns, jnp.zeros(k, bool), jnp.zeros(k, jnp.float32))
+    return loop(jnp.sum(pending, dtype=jnp.int32), one, start)
 
 
-def _put_if(chosen, layer, x, y):
-    """X with y for its entry `layer`, if chosen; in place, which a branch is not."""
-    at = jnp.where(chosen, layer, 0)
-    old = lax.dynamic_index_in_dim(x, at, keepdims=False)
-    return lax.dynamic_update_index_in_dim(x, jnp.where(chosen, y, old), at, 0)
-
-
-def _identity(plan, view, r, dtype) -> Turn | None:
+def _no_turn(plan, r, dtype) -> Turn | None:
     if not plan.turns:
         return None
-    return Turn(jnp.eye(r, dtype=dtype), jnp.eye(r, dtype=dtype) if plan.two_sided else None)
+    return Turn(jnp.zeros((r, r), dtype), jnp.zeros((r, r), dtype) if plan.two_sided else None)
 
 
-def _load(plan, static, leaves, stored, leaf, layer):
+def _load(plan, matrices, stored, leaf, layer):
     """Of one matrix the gradient (the geometry's, if it has one), what its rule recalls, its basis, its last fit."""
 
-    def of(x, view, stored):
+    def of(x, stored):
         def read():
-            G, recalled, at = view.matrix(x.gradient, layer), None, lambda a: a[layer]
+            G, recalled, at = x.view.matrix(x.gradient, layer), None, lambda a: a[layer]
             if plan.tangent:
-                G, _ = plan.tangent(G, view.matrix(x.weight, layer), view.sum_axis)
+                G, _ = plan.tangent(G, x.view.matrix(x.weight, layer), x.view.sum_axis)
             if plan.recall:
-                recalled = plan.recall(jax.tree.map(at, x.rule)).astype(wide(x.gradient))
+                recalled = plan.recall(jax.tree.map(at, x.leaf.rule)).astype(wide(x.gradient))
             return G.astype(wide(x.gradient)), recalled, jax.tree.map(at, stored), x.last_fit[layer]
 
         return read
 
-    branches = [
-        of(x, view, old) for x, (_, view, _), old in zip(leaves, static, stored, strict=True)
-    ]
+    branches = [of(x, old) for x, old in zip(matrices, stored, strict=True)]
     return lax.switch(leaf, branches) if len(branches) > 1 else branches[0]()
 
 
-def _fit_one(plan, static, G, recalled, old, last_fit, count, keys, nothing):
-    """(stored, turn, True, ‖G‖²) of one matrix, or `nothing` where gradient or basis are no good."""
-    _, view, r = static
+def _fit_one(plan, x, G, recalled, old, last_fit, count, keys, no_turn):
+    """(stored, turn, good, ‖G‖²) of one matrix; not good if the gradient is unusable or the basis is none."""
+    view, r = x.view, x.rank
     old_key, key = keys
     read = functools.partial(_read, plan, view, r, G.dtype)
     P, K = read(old, old_key, last_fit)
@@ -237,7 +216,7 @@ def _fit_one(plan, static, G, recalled, old, last_fit, count, keys, nothing):
             other, good_K = plan.basis.refit(jax.random.fold_in(key, 1), R.T, K)
             new, good = TwoSided(new, other), good & good_K
         energy = (jnp.sum(jnp.square(unit)) * largest**2).astype(jnp.float32)
-        return cond(good, lambda: (new, turn(new), jnp.bool_(True), energy), lambda: nothing)
+        return new, turn(new), good, jnp.where(good, energy, 0)
 
     def turn(new):
         if not plan.turns:
@@ -245,4 +224,5 @@ def _fit_one(plan, static, G, recalled, old, last_fit, count, keys, nothing):
         P_new, K_new = read(new, key, count)
         return Turn(matmul(P_new.T, P), None if K is None else matmul(K_new.T, K))
 
+    nothing = jax.tree.map(jnp.zeros_like, old), no_turn, jnp.bool_(False), jnp.float32(0)
     return cond(usable, fit, lambda: nothing)

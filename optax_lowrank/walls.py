@@ -24,10 +24,17 @@ def after(before: jax.Array | None, compute: Callable[..., Any], *operands: Any)
     def branch(before, *operands):
         # XLA for CPU drops barriers. It computes a predicate first, and does not know that this one never holds.
         never = (jnp.ravel(before)[0].astype(jnp.int32) & 0x7FFFFFFF) < 0
-        zeros = lambda *_: jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, *operands)
-        )
-        return cond(never, zeros, compute, *operands)
+        given, same = jax.tree.leaves(operands), {}
+
+        def new(*operands):  # a branch would copy what `compute` returns as it got it
+            ids = {id(x): i for i, x in enumerate(jax.tree.leaves(operands))}
+            out, tree = jax.tree.flatten(compute(*operands))
+            same.update(tree=tree, index=[ids.get(id(x)) for x in out])
+            return [x for x in out if id(x) not in ids]
+
+        zeros = [jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(new, *operands)]
+        made = iter(cond(never, lambda *_: zeros, new, *operands))
+        return same["tree"].unflatten(next(made) if i is None else given[i] for i in same["index"])
 
     return lax.platform_dependent(before, *operands, cpu=branch, default=barrier)
 
@@ -40,7 +47,12 @@ def when(pred: Any, update: Callable[[Any], Any], x: Any) -> Any:
     """
     if not isinstance(pred, jax.core.Tracer):
         return update(x) if pred else x
-    return loop(pred.astype(jnp.int32), lambda _, x: update(x), x)
+    turn = lambda state: (jnp.zeros_like(state[0]), update(state[1]))
+    state = pred, x
+    if _in_shard_map():
+        varying = _axes((jax.eval_shape(turn, state), state))
+        state, turn = _vary(state, varying), _varying(turn, varying)
+    return lax.while_loop(lambda state: state[0], turn, state)[1]
 
 
 def loop(turns: jax.Array, body: Callable[[jax.Array, Any], Any], x: Any) -> Any:
