@@ -31,7 +31,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax_lowrank.bases import Basis, BasisStore, Fitted, InDtype
 from optax_lowrank.classify import Rank, axes_by_path, check_rank, ranks_by_path
 from optax_lowrank.fits import Fit, check_fit, randomized_svd
-from optax_lowrank.refit import Leaf, Matrix, Plan, TwoSided, hashed, read_bases, refit
+from optax_lowrank.refit import (
+    Leaf,
+    Matrix,
+    Plan,
+    TwoSided,
+    hashed,
+    read_bases,
+    refit,
+    tangent_in_memory,
+)
 from optax_lowrank.refresh import (
     Policy,
     Statistics,
@@ -41,9 +50,9 @@ from optax_lowrank.refresh import (
     next_statistics,
     positions,
 )
-from optax_lowrank.rules import Asked, Rule, as_rule, repeated, unturned, wide
+from optax_lowrank.rules import Asked, Rule, as_rule, put_back, repeated, unturned, wide
 from optax_lowrank.views import MatrixView, flatten_by_path
-from optax_lowrank.walls import after, vary_alike, when
+from optax_lowrank.walls import after, loop, vary_alike
 
 Side = Literal["short", "long", "both"]
 
@@ -307,15 +316,19 @@ class _Core:
         return x.view.unfold(U), Leaf(stored, rule, geometry), numbers
 
     def turned(self, state, turn, fitted):
-        """The state of a leaf's rule in the coordinates of the new bases."""
+        """The state of a leaf's rule in the coordinates of the new bases, turned in place matrix by matrix."""
         if not self.plan.turns:
             return state
+        order = jnp.argsort(~fitted)  # the new ones come first
 
-        def one(state, turn, fitted):
-            keep = lambda new, old: jnp.where(fitted, new, old)
-            return jax.tree.map(keep, self.rule.turn(state, turn), state)
+        def one(step, state):
+            i = order[step]
+            at = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+            put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
+            new = self.rule.turn(jax.tree.map(at, state), jax.tree.map(at, turn))
+            return jax.tree.map(put, state, new)
 
-        return when(jnp.any(fitted), lambda state: jax.vmap(one)(state, turn, fitted), state)
+        return loop(jnp.sum(fitted, dtype=jnp.int32), one, state)
 
     # ---------------------------------------------------------------------------------------------------- one matrix
 
@@ -342,7 +355,7 @@ class _Core:
         # whatever is not finite in G shows in R; a square that overflows would poison a second moment for good
         energy = _energy(R)
         finite = jnp.isfinite(energy)
-        A, c, new = self.rule.step(jnp.where(finite, R, 0), columns, old, **told)
+        A, c, new = self.rule.step(jnp.where(finite, R, 0), columns, old, finite=finite, **told)
         for y in jax.tree.leaves((A, c, kept)):
             finite &= jnp.isfinite(_energy(y))
         U = jnp.zeros_like(G)
@@ -358,16 +371,19 @@ class _Core:
             U = (U.astype(dtype) + T.astype(dtype) * c.astype(dtype)[None]).astype(G.dtype)
         new_outer = outer
         if self.geometry is not None:
-            U, new_outer = self.geometry.retract(U, W, kept, outer, axis=x.view.sum_axis, **told)
+            lie = x.view.as_in_memory
+            U, new_outer = self.geometry.retract(
+                lie(U), lie(W), kept, outer, axis=x.view.lying_sum_axis, **told
+            )
+            U = lie(U)
         U = jnp.where(finite, U, 0).astype(G.dtype)
-        keep = lambda new, old: jnp.where(finite, new, old)
-        new, new_outer = jax.tree.map(keep, (new, new_outer), (old, outer))
+        new, new_outer = self.rule.keep(finite, new, old), put_back(finite, new_outer, outer)
         return U, new, new_outer, energy, jnp.sum(columns), finite
 
     def tangent(self, x, G, W):
         if self.plan.tangent is None:
             return G, None
-        return self.plan.tangent(G, W, x.view.sum_axis)
+        return tangent_in_memory(self.plan.tangent, x.view, G, W)
 
 
 def _energy(x):

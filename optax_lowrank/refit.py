@@ -102,6 +102,12 @@ def _read(plan, view, r, dtype, stored, key, last_fit):
     return read(stored.P, key, view.m), read(stored.K, jax.random.fold_in(key, 1), view.n)
 
 
+def tangent_in_memory(tangent: Callable[..., Any], view: MatrixView, G: jax.Array, W: Any):
+    """A geometry's `tangent` of one matrix, taken as the leaf holds it: its sums would lay out G and W anew."""
+    T, kept = tangent(view.as_in_memory(G), view.as_in_memory(W), view.lying_sum_axis)
+    return view.as_in_memory(T), kept
+
+
 def refit(
     plan: Plan,
     count: jax.Array,
@@ -184,17 +190,22 @@ def _load(plan, matrices, stored, leaf, layer):
 
     def of(x, stored):
         def read():
-            G, recalled, at = x.view.matrix(x.gradient, layer), None, lambda a: a[layer]
-            if plan.tangent:
-                G, _ = plan.tangent(G, x.view.matrix(x.weight, layer), x.view.sum_axis)
+            at, recalled, W = lambda a: a[layer], None, None
             if plan.recall:
                 recalled = plan.recall(jax.tree.map(at, x.leaf.rule)).astype(wide(x.gradient))
-            return G.astype(wide(x.gradient)), recalled, jax.tree.map(at, stored), x.last_fit[layer]
+            if plan.tangent:
+                W = x.view.matrix(x.weight, layer)
+            G = x.view.matrix(x.gradient, layer)
+            return G, W, recalled, jax.tree.map(at, stored), x.last_fit[layer]
 
         return read
 
     branches = [of(x, old) for x, old in zip(matrices, stored, strict=True)]
-    return lax.switch(leaf, branches) if len(branches) > 1 else branches[0]()
+    G, W, *rest = lax.switch(leaf, branches) if len(branches) > 1 else branches[0]()
+    if plan.tangent:  # outside of the branches, where its sums would lay out whole stacks anew
+        tangents = [lambda axis=axis: plan.tangent(G, W, axis)[0] for axis in (0, 1)]
+        G = lax.switch(jnp.array([x.view.sum_axis for x in matrices])[leaf], tangents)
+    return G.astype(wide(G)), *rest
 
 
 def _fit_one(plan, x, G, recalled, old, last_fit, count, keys, no_turn):

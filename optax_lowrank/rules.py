@@ -47,6 +47,11 @@ def unturned(state: Any, turn: Turn) -> Any:
     return state
 
 
+def put_back(finite: jax.Array, new: Any, old: Any) -> Any:
+    """The old state where `finite` is false: the `keep` of most rules."""
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+
 class Rule(NamedTuple):
     """One method on one matrix: a step A of the coordinates and a weight c for each column of the gradient.
 
@@ -57,9 +62,12 @@ class Rule(NamedTuple):
       turn: `(state, Turn) -> state`, when the basis has changed.
       step: `(R, columns, state, **extra) -> (A, c, state)`; R (r, n) float32 or wider, columns (n,) float32 the squared
         lengths ‖G_j‖², A (r, n) or None for no step, c (n,) or None for none. `extra` holds what Optax was given
-        besides, `count`, () int32, the updates so far, and `size`, () int, the m of G (m, n); a step without `**`
-        gets nothing of it.
+        besides, `count`, () int32, the updates so far, `size`, () int, the m of G (m, n), and `finite`, () bool,
+        whether R is any good: if not, it is zeros here, and the state is put back; a step without `**` gets nothing of
+        it.
       recall: `state -> (r, n)`, coordinates that the next basis should hold besides the gradient, or None.
+      keep: `(finite, new, old) -> state`, the old state where `finite`, of R and of the step, is false. A step that
+        leaves its state alone there spares a large one the copy, with `lambda finite, new, old: new`.
 
     Example:
       >>> import jax.numpy as jnp, optax_lowrank as ol
@@ -75,6 +83,7 @@ class Rule(NamedTuple):
     turn: Callable[[Any, Turn], Any]
     step: Callable[..., tuple[jax.Array | None, jax.Array | None, Any]]
     recall: Callable[[Any], jax.Array] | None = None
+    keep: Callable[[jax.Array, Any, Any], Any] = put_back
 
 
 def as_rule(x: Rule | optax.GradientTransformation) -> Rule:
@@ -131,8 +140,8 @@ def lifted(tx: optax.GradientTransformation) -> Rule:
             )
             raise
 
-    def step(R, columns, state, *, params=None, count=None, size=None, **extra):
-        del columns, count, size
+    def step(R, columns, state, *, params=None, count=None, size=None, finite=None, **extra):
+        del columns, count, size, finite
         params = OnlyShape(R.shape, R.dtype) if params is None else params
         A, state = noted(tx.update, R, state, params, **extra)
         return A, None, state
@@ -262,6 +271,9 @@ def chained(*rules: Rule | optax.GradientTransformation) -> Rule:
         init=lambda R: tuple(rule.init(R) for rule in rules),
         turn=_turn_each([rule.turn for rule in rules]),
         step=step,
+        keep=lambda finite, new, old: tuple(
+            rule.keep(finite, *pair) for rule, *pair in zip(rules, new, old, strict=True)
+        ),
     )
 
 

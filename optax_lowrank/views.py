@@ -211,6 +211,15 @@ class MatrixView:
         """Whether the leaf holds Gᵀ: its projected side comes after the other one in memory."""
         return self.other_axes < self.projected_axes
 
+    @property
+    def lying_sum_axis(self) -> int:
+        """`sum_axis` of a matrix that is `as_in_memory`."""
+        return 1 - self.sum_axis if self.flipped else self.sum_axis
+
+    def as_in_memory(self, G: jax.Array | None) -> jax.Array | None:
+        """One matrix (m, n) with its axes as the leaf holds them, or back again; None stays."""
+        return G.mT if self.flipped and G is not None else G
+
     def fold(self, x: jax.Array) -> jax.Array:
         """`x` as (b, m, n), in its own dtype."""
         return jnp.transpose(x, self._order).reshape(self.batch, self.m, self.n)
@@ -225,9 +234,9 @@ class MatrixView:
         return x.reshape([size if a in self.batch_axes else 1 for a, size in enumerate(self.shape)])
 
     def product(self, P: jax.Array, N: jax.Array) -> jax.Array:
-        """P N, (b, m, n), as (Nᵀ Pᵀ)ᵀ where the leaf lies so in memory: `unfold` then moves nothing."""
+        """P N, (m, n), as (Nᵀ Pᵀ)ᵀ where the leaf lies so in memory: `unfold` then moves nothing."""
         if self.flipped:
-            return jnp.matmul(N.mT, P.mT).mT
+            return lax.dot_general(N, P, (((0,), (1,)), ((), ()))).mT
         return jnp.matmul(P, N)
 
     def matrix(self, x: jax.Array, i) -> jax.Array:

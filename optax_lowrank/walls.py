@@ -56,7 +56,11 @@ def when(pred: Any, update: Callable[[Any], Any], x: Any) -> Any:
 
 
 def loop(turns: jax.Array, body: Callable[[jax.Array, Any], Any], x: Any) -> Any:
-    """`lax.fori_loop` from 0 to `turns`, whose arrays are updated in place."""
+    """`lax.fori_loop` from 0 to `turns`, whose arrays are updated in place; a plain one outside jit."""
+    if not isinstance(turns, jax.core.Tracer):
+        for turn in range(int(turns)):
+            x = body(turn, x)
+        return x
     if _in_shard_map():
         varying = _axes((jax.eval_shape(body, turns, x), x))
         x, body = _vary(x, varying), _varying(body, varying)

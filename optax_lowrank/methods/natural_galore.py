@@ -101,31 +101,25 @@ def scale_by_woodbury_fisher(
     def turn(state, turn: Turn):
         if on_refresh == "clear":
             return jax.tree.map(jnp.zeros_like, state)
-        stored = state.history, state.row_scale
-
-        def rotate(i, stored):  # one gradient at a time
-            at = lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False)
-            put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)
-            new = encode(turn(decode(*jax.tree.map(at, stored))), state.history.dtype)
-            return jax.tree.map(put, stored, new)
-
-        stored = lax.fori_loop(0, history, rotate, stored)
+        stored = jax.vmap(lambda *g: encode(turn(decode(*g)), state.history.dtype))(
+            state.history, state.row_scale
+        )
         H = decode(*stored).reshape(history, -1)
         return WoodburyFisherState(*stored, matmul(H, H.T).astype(state.gram.dtype))
 
-    def step(R, columns, state, *, count, **extra):
+    def step(R, columns, state, *, count, finite=True, **extra):
         del columns, extra
         slot, code = count % history, encode(R, state.history.dtype)
 
-        def push(stored):
-            put = lambda old, new: lax.dynamic_update_index_in_dim(old, new, slot, 0)
-            return jax.tree.map(put, stored, code)
+        def put(old, new, axis=0):
+            kept = lax.dynamic_index_in_dim(old, slot, axis, keepdims=False)
+            return lax.dynamic_update_index_in_dim(old, jnp.where(finite, new, kept), slot, axis)
 
+        push = lambda stored: jax.tree.map(put, stored, code)
         stored, unit = when(count >= 0, push, (state.history, state.row_scale))
         H, g = decode(stored, unit), decode(*code)
-        row = matmul(H.reshape(history, -1), g.reshape(-1, 1))
-        gram = lax.dynamic_update_index_in_dim(state.gram, row[:, 0], slot, 0)
-        gram = lax.dynamic_update_index_in_dim(gram, row[:, 0], slot, 1)
+        row = matmul(H.reshape(history, -1), g.reshape(-1, 1))[:, 0]
+        gram = put(put(state.gram, row), row, axis=1)
         weights = _weights(gram, slot, damping, relative_damping)
         # a sum of s terms is one pass over H; a product of a row with a matrix is several times slower
         out = sum(weights[i] * H[i] for i in range(history))
@@ -134,7 +128,8 @@ def scale_by_woodbury_fisher(
             out = out * norm(R) / jnp.where(norm(out) > 0, norm(out), 1)  # out = 0 where R = 0
         return out.astype(R.dtype), None, WoodburyFisherState(stored, unit, gram)
 
-    return of_rule(Rule(init, turn, step), batch_axes)
+    rule = Rule(init, turn, step, keep=lambda finite, new, old: new)
+    return of_rule(rule, batch_axes)
 
 
 def _weights(gram, slot, damping, relative):
