@@ -375,7 +375,7 @@ class _Core:
             U, new_outer = self.geometry.retract(
                 lie(U), lie(W), kept, outer, axis=x.view.lying_sum_axis, **told
             )
-            U = lie(U)
+            U = lie(U.astype(G.dtype))
         U = jnp.where(finite, U, 0).astype(G.dtype)
         new, new_outer = self.rule.keep(finite, new, old), put_back(finite, new_outer, outer)
         return U, new, new_outer, energy, jnp.sum(columns), finite
