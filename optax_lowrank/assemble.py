@@ -1,5 +1,6 @@
 """From a transformation of matrices to an optimizer: which leaves are projected, weight decay, learning rate."""
 
+import functools
 import warnings
 from typing import Any, NamedTuple
 
@@ -76,26 +77,12 @@ def assemble(
     for name, part in (("inner", inner), ("dense", dense)):
         if part is not None and not (hasattr(part, "init") and hasattr(part, "update")):
             raise TypeError(f"`{name}` must be an Optax transformation, got {part!r}.")
-    rest = (inner or optax.scale_by_adam()) if dense is None else dense
-    if accumulate > 1:
-        # sums, not running means, so that a micro-batch which is skipped counts as zero
-        of_mean = optax.chain(optax.scale(1 / accumulate), rest)
-        steps = optax.MultiSteps(of_mean, accumulate, use_grad_mean=False)
-        rest = optax.GradientTransformationExtraArgs(steps.init, steps.update)
+    rest = _summed((inner or optax.scale_by_adam()) if dense is None else dense, accumulate)
     rest = _in_float32(rest) if dense is None else rest
     finished_here = {"matrix": not owns_learning_rate, "dense": dense is None}
-
-    def labels(tree):
-        leaves, treedef = flatten_by_path(tree)
-        found = {
-            path: x for path, x in axes_by_path(tree, axes, strict=False).items() if x is not None
-        }
-        views = {path: MatrixView.of(leaves[path].shape, x) for path, x in found.items()}
-        ranks = ranks_by_path(views, rank, strict=False)
-        projected = {path for path, view in views.items() if min(view.m, view.n) > ranks[path]}
-        return treedef.unflatten("matrix" if path in projected else "dense" for path in leaves)
-
+    labels = functools.partial(_labels, axes=axes, rank=rank)
     direction = optax.partition({"matrix": matrix, "dense": _guarded(rest)}, labels)
+    never_decays = isinstance(weight_decay, (int, float)) and weight_decay == 0
 
     def init(params):
         if _is_whole(params):
@@ -110,22 +97,20 @@ def assemble(
 
     def update(updates, state, params=None, **extra):
         out, new = direction.update(updates, state.direction, params, **extra)
-        rate = (
-            learning_rate(state.count // accumulate) if callable(learning_rate) else learning_rate
-        )
-        decays = {}
-        if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
+        rate, decay = learning_rate, weight_decay
+        if callable(rate):
+            rate = rate(state.count // accumulate)
+        if accumulate > 1:
+            decay = jnp.where((state.count + 1) % accumulate == 0, decay, 0)
+        decays, weights, taken = {}, {}, {}
+        if not never_decays:
             if params is None:
                 raise ValueError(
                     "`weight_decay` needs the weights: call `tx.update(grads, state, params)`."
                 )
-            decays = flatten_by_path(_chosen(mask, params))[0]
-        weights = flatten_by_path(params)[0] if decays else {}
-        decay = weight_decay
-        if accumulate > 1:
-            decay = jnp.where((state.count + 1) % accumulate == 0, weight_decay, 0)
+            decays, weights = (flatten_by_path(x)[0] for x in (_chosen(mask, params), params))
+            taken = _taken(updates, new, axes)
         parts = flatten_by_path(labels(updates))[0]
-        taken = _taken(updates, new, axes) if decays else {}
 
         def finish(path, u):
             if not finished_here[parts[path]]:
@@ -141,6 +126,25 @@ def assemble(
         return out, OptimizerState(new, optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _labels(tree, axes, rank):
+    """A tree like this one of "matrix", where projection saves something, and "dense"."""
+    leaves, treedef = flatten_by_path(tree)
+    found = {path: x for path, x in axes_by_path(tree, axes, strict=False).items() if x is not None}
+    views = {path: MatrixView.of(leaves[path].shape, x) for path, x in found.items()}
+    ranks = ranks_by_path(views, rank, strict=False)
+    projected = {path for path, view in views.items() if min(view.m, view.n) > ranks[path]}
+    return treedef.unflatten("matrix" if path in projected else "dense" for path in leaves)
+
+
+def _summed(dense, k):
+    """Steps of `dense` with the mean of k micro-batches: of their sum, so that one which is skipped counts as zero."""
+    if k == 1:
+        return dense
+    of_mean = optax.chain(optax.scale(1 / k), dense)
+    steps = optax.MultiSteps(of_mean, k, use_grad_mean=False)
+    return optax.GradientTransformationExtraArgs(steps.init, steps.update)
 
 
 def _is_whole(params):

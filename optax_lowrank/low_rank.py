@@ -39,7 +39,6 @@ from optax_lowrank.refit import (
     hashed,
     read_bases,
     refit,
-    tangent_in_memory,
 )
 from optax_lowrank.refresh import (
     Policy,
@@ -64,9 +63,10 @@ class Geometry(NamedTuple):
       init: `(W, axis) -> state`, for the `jax.ShapeDtypeStruct` of weights (m, n); `axis` is the one that the layer
         sums over.
       tangent: `(G, W, axis) -> (gradient, kept)`: what is projected and fitted in place of G, and what `retract` gets
-        of it.
-      retract: `(U, W, kept, state, *, axis, count, **extra) -> (update, state)`: from the lifted step (m, n) in the
-        gradient's dtype to the update.
+        of it. Here and in `retract` a matrix has its axes as the leaf holds them, (m, n) or (n, m), since a sum along
+        the other order would lay it out anew.
+      retract: `(U, W, kept, state, *, axis, count, **extra) -> (update, state)`: from the lifted step in the gradient's
+        dtype to the update.
       reads_weights: whether `tangent` and `retract` want W.
     """
 
@@ -371,11 +371,11 @@ class _Core:
             U = (U.astype(dtype) + T.astype(dtype) * c.astype(dtype)[None]).astype(G.dtype)
         new_outer = outer
         if self.geometry is not None:
-            lie = x.view.as_in_memory
+            of = x.view.in_memory
             U, new_outer = self.geometry.retract(
-                lie(U), lie(W), kept, outer, axis=x.view.lying_sum_axis, **told
+                of(U), of(W), kept, outer, axis=x.view.sum_axis_in_memory, **told
             )
-            U = lie(U.astype(G.dtype))
+            U = of(U.astype(G.dtype))
         U = jnp.where(finite, U, 0).astype(G.dtype)
         new, new_outer = self.rule.keep(finite, new, old), put_back(finite, new_outer, outer)
         return U, new, new_outer, energy, jnp.sum(columns), finite
@@ -383,7 +383,9 @@ class _Core:
     def tangent(self, x, G, W):
         if self.plan.tangent is None:
             return G, None
-        return tangent_in_memory(self.plan.tangent, x.view, G, W)
+        of = x.view.in_memory
+        T, kept = self.plan.tangent(of(G), of(W), x.view.sum_axis_in_memory)
+        return of(T), kept
 
 
 def _energy(x):

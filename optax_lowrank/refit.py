@@ -102,12 +102,6 @@ def _read(plan, view, r, dtype, stored, key, last_fit):
     return read(stored.P, key, view.m), read(stored.K, jax.random.fold_in(key, 1), view.n)
 
 
-def tangent_in_memory(tangent: Callable[..., Any], view: MatrixView, G: jax.Array, W: Any):
-    """A geometry's `tangent` of one matrix, taken as the leaf holds it: its sums would lay out G and W anew."""
-    T, kept = tangent(view.as_in_memory(G), view.as_in_memory(W), view.lying_sum_axis)
-    return view.as_in_memory(T), kept
-
-
 def refit(
     plan: Plan,
     count: jax.Array,

@@ -380,54 +380,76 @@ def in_codes(
     if block_size < 1:
         raise ValueError(f"`block_size` must be positive, got {block_size}.")
     rule = as_rule(rule)
-    book = codes.Book(bits, block_size)
-    signed = lambda key_path: not {getattr(p, "name", None) for p in key_path} & set(unsigned)
+    coded = _InCodes(
+        rule, codes.Book(bits, block_size), min_size, frozenset(unsigned), stochastic, seed
+    )
+    turn = unturned if rule.turn is unturned else coded.turn
+    return Rule(coded.init, turn, coded.step, rule.recall and coded.recall)
 
-    def encode(state, chosen, count):
+
+@dataclasses.dataclass(frozen=True)
+class _InCodes:
+    """The rule of `in_codes`, whose arguments these are."""
+
+    rule: Rule
+    book: codes.Book
+    min_size: int
+    unsigned: frozenset[str]
+    stochastic: bool
+    seed: int
+
+    def init(self, R):
+        large = lambda _, x: (
+            x.ndim > 0 and x.size >= self.min_size and jnp.issubdtype(x.dtype, jnp.floating)
+        )
+        asked = getattr(R, "coded", None)
+        chosen = large if asked is None else lambda path, _: path in asked
+        coded = self.encode(self.rule.init(R), chosen, None)
+        return coded._replace(count=jnp.zeros([], jnp.int32) if self.stochastic else None)
+
+    def turn(self, state, turn):
+        return self.again(self.rule.turn(self.decode(state, turn.Q.dtype), turn), state)
+
+    def step(self, R, columns, state, **extra):
+        A, c, new = self.rule.step(R, columns, self.decode(state, R.dtype), **extra)
+        return A, c, self.again(new, state)
+
+    def recall(self, state):
+        return self.rule.recall(self.decode(state, jnp.float32))
+
+    def encode(self, state, chosen, count):
         scales = {}
 
         def leaf(key_path, x):
-            path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+            path = _joined(key_path)
             if not chosen(path, x):
                 return x
             noise = None
             if count is not None:
-                key = jax.random.fold_in(jax.random.key(seed), count)
+                key = jax.random.fold_in(jax.random.key(self.seed), count)
                 key = jax.random.fold_in(key, zlib.crc32(path.encode()))
                 noise = jax.random.uniform(key, x.shape, jnp.float32)
-            numbers, scales[path] = book.encode(x, signed(key_path), noise)
+            numbers, scales[path] = self.book.encode(x, self.signed(key_path), noise)
             return numbers
 
         inner = jax.tree_util.tree_map_with_path(leaf, state)
         return CodedState(inner, scales, None if count is None else optax.safe_increment(count))
 
-    def decode(state, dtype):
+    def again(self, new, state):
+        return self.encode(new, lambda path, _: path in state.block_scale, state.count)
+
+    def decode(self, state, dtype):
         def leaf(key_path, x):
-            path = jax.tree_util.keystr(key_path, simple=True, separator="/")
-            if path not in state.block_scale:
+            scale = state.block_scale.get(_joined(key_path))
+            if scale is None:
                 return x
-            return book.decode(x, state.block_scale[path], signed(key_path)).astype(dtype)
+            return self.book.decode(x, scale, self.signed(key_path)).astype(dtype)
 
         return jax.tree_util.tree_map_with_path(leaf, state.inner)
 
-    def again(new, state):
-        return encode(new, lambda path, _: path in state.block_scale, state.count)
+    def signed(self, key_path):
+        return not {getattr(p, "name", None) for p in key_path} & self.unsigned
 
-    def init(R):
-        large = lambda _, x: (
-            x.ndim > 0 and x.size >= min_size and jnp.issubdtype(x.dtype, jnp.floating)
-        )
-        asked = getattr(R, "coded", None)
-        chosen = large if asked is None else lambda path, _: path in asked
-        coded = encode(rule.init(R), chosen, None)
-        return coded._replace(count=jnp.zeros([], jnp.int32) if stochastic else None)
 
-    def turn(state, turn):
-        return again(rule.turn(decode(state, turn.Q.dtype), turn), state)
-
-    def step(R, columns, state, **extra):
-        A, c, new = rule.step(R, columns, decode(state, R.dtype), **extra)
-        return A, c, again(new, state)
-
-    recall = rule.recall and (lambda state: rule.recall(decode(state, jnp.float32)))
-    return Rule(init, unturned if rule.turn is unturned else turn, step, recall)
+def _joined(key_path):
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")

@@ -212,11 +212,11 @@ class MatrixView:
         return self.other_axes < self.projected_axes
 
     @property
-    def lying_sum_axis(self) -> int:
-        """`sum_axis` of a matrix that is `as_in_memory`."""
+    def sum_axis_in_memory(self) -> int:
+        """The axis that the layer sums over, of a matrix `in_memory`."""
         return 1 - self.sum_axis if self.flipped else self.sum_axis
 
-    def as_in_memory(self, G: jax.Array | None) -> jax.Array | None:
+    def in_memory(self, G: jax.Array | None) -> jax.Array | None:
         """One matrix (m, n) with its axes as the leaf holds them, or back again; None stays."""
         return G.mT if self.flipped and G is not None else G
 

@@ -179,7 +179,7 @@ def recording(**options):
         return state | {"Q": turn.Q}
 
     def step(R, columns, state, *, value=0.0, **extra):
-        assert extra.keys() == {"count", "size"}
+        assert extra.keys() == {"count", "size", "finite"}
         kept = {"R": R, "columns": columns, "value": jnp.asarray(value, jnp.float32)}
         return R, None, state | kept
 

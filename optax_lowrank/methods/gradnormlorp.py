@@ -8,6 +8,7 @@ Huang et al., arXiv:2412.19616. Column norms ‖·‖, one a unit of output, gau
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -102,18 +103,7 @@ def weight_norm(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def views_of(tree):
-        leaves, treedef = flatten_by_path(tree)
-        found = axes_by_path(tree, axes, strict=False)
-        dense = [path for path in leaves if found[path] is None]
-        if dense:
-            raise ValueError(
-                f"`weight_norm` has no matrix view for {dense}. Use `optax.masked` or `assemble`."
-            )
-        views = {
-            path: MatrixView.of(x.shape, found[path], "reduction") for path, x in leaves.items()
-        }
-        return views, leaves, treedef
+    views_of = functools.partial(_views_of, axes=axes)
 
     def init(params):
         views, leaves, _ = views_of(params)
@@ -153,6 +143,18 @@ def weight_norm(
         return treedef.unflatten(out.values()), WeightNormState(inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _views_of(tree, axes):
+    leaves, treedef = flatten_by_path(tree)
+    found = axes_by_path(tree, axes, strict=False)
+    dense = [path for path in leaves if found[path] is None]
+    if dense:
+        raise ValueError(
+            f"`weight_norm` has no matrix view for {dense}. Use `optax.masked` or `assemble`."
+        )
+    views = {path: MatrixView.of(x.shape, found[path], "reduction") for path, x in leaves.items()}
+    return views, leaves, treedef
 
 
 def normalised(

@@ -7,6 +7,7 @@ Das, arXiv:2410.16029, section 3, with g = vec(R) and H = [g_k, g_{k−1}, …],
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -82,34 +83,57 @@ def scale_by_woodbury_fisher(
         raise ValueError(f"`damping` must not be negative, got {damping}.")
     if on_refresh not in ("rotate", "clear"):
         raise ValueError(f'`on_refresh` must be "rotate" or "clear", got {on_refresh!r}.')
-    in_codes = history_dtype is not None and jnp.issubdtype(history_dtype, jnp.integer)
-    encode, decode = (_to_codes, _from_codes) if in_codes else (_to_float, _from_float)
+    rule = _Fisher(history, damping, relative_damping, history_dtype, on_refresh, preserve_norm)
+    # the step leaves its state alone where a gradient is bad
+    keep = lambda finite, new, old: new
+    return of_rule(Rule(rule.init, rule.turn, rule.step, keep=keep), batch_axes)
 
-    def init(R):
-        if in_codes and R.ndim == 0:
+
+@dataclasses.dataclass(frozen=True)
+class _Fisher:
+    """The rule of `scale_by_woodbury_fisher`, whose arguments these are."""
+
+    history: int
+    damping: jax.typing.ArrayLike
+    relative_damping: bool
+    dtype: Any
+    on_refresh: str
+    preserve_norm: bool
+
+    @property
+    def in_codes(self):
+        return self.dtype is not None and jnp.issubdtype(self.dtype, jnp.integer)
+
+    def encode(self, g, dtype):
+        return (_to_codes if self.in_codes else _to_float)(g, dtype)
+
+    def decode(self, stored, unit):
+        return (_from_codes if self.in_codes else _from_float)(stored, unit)
+
+    def init(self, R):
+        if self.in_codes and R.ndim == 0:
             raise ValueError(
-                f"`history_dtype={jnp.dtype(history_dtype).name}` keeps one scale a row, and a leaf has no axis for "
+                f"`history_dtype={jnp.dtype(self.dtype).name}` keeps one scale a row, and a leaf has no axis for "
                 "rows. Use jnp.bfloat16, or keep scalars away with `optax.masked`."
             )
-        shape = (history, *R.shape)
+        shape = (self.history, *R.shape)
         return WoodburyFisherState(
-            history=jnp.zeros(shape, history_dtype or R.dtype),
-            row_scale=jnp.zeros((*shape[:-1], 1), R.dtype) if in_codes else None,
-            gram=jnp.zeros((history, history), R.dtype),
+            history=jnp.zeros(shape, self.dtype or R.dtype),
+            row_scale=jnp.zeros((*shape[:-1], 1), R.dtype) if self.in_codes else None,
+            gram=jnp.zeros((self.history, self.history), R.dtype),
         )
 
-    def turn(state, turn: Turn):
-        if on_refresh == "clear":
+    def turn(self, state, turn: Turn):
+        if self.on_refresh == "clear":
             return jax.tree.map(jnp.zeros_like, state)
-        stored = jax.vmap(lambda *g: encode(turn(decode(*g)), state.history.dtype))(
-            state.history, state.row_scale
-        )
-        H = decode(*stored).reshape(history, -1)
+        rotate = lambda *stored: self.encode(turn(self.decode(*stored)), state.history.dtype)
+        stored = jax.vmap(rotate)(state.history, state.row_scale)
+        H = self.decode(*stored).reshape(self.history, -1)
         return WoodburyFisherState(*stored, matmul(H, H.T).astype(state.gram.dtype))
 
-    def step(R, columns, state, *, count, finite=True, **extra):
+    def step(self, R, columns, state, *, count, finite=True, **extra):
         del columns, extra
-        slot, code = count % history, encode(R, state.history.dtype)
+        slot, code = count % self.history, self.encode(R, state.history.dtype)
 
         def put(old, new, axis=0):
             kept = lax.dynamic_index_in_dim(old, slot, axis, keepdims=False)
@@ -117,19 +141,16 @@ def scale_by_woodbury_fisher(
 
         push = lambda stored: jax.tree.map(put, stored, code)
         stored, unit = when(count >= 0, push, (state.history, state.row_scale))
-        H, g = decode(stored, unit), decode(*code)
-        row = matmul(H.reshape(history, -1), g.reshape(-1, 1))[:, 0]
+        H, g = self.decode(stored, unit), self.decode(*code)
+        row = matmul(H.reshape(self.history, -1), g.reshape(-1, 1))[:, 0]
         gram = put(put(state.gram, row), row, axis=1)
-        weights = _weights(gram, slot, damping, relative_damping)
+        weights = _weights(gram, slot, self.damping, self.relative_damping)
         # a sum of s terms is one pass over H; a product of a row with a matrix is several times slower
-        out = sum(weights[i] * H[i] for i in range(history))
-        if preserve_norm:
+        out = sum(weights[i] * H[i] for i in range(self.history))
+        if self.preserve_norm:
             norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
             out = out * norm(R) / jnp.where(norm(out) > 0, norm(out), 1)  # out = 0 where R = 0
         return out.astype(R.dtype), None, WoodburyFisherState(stored, unit, gram)
-
-    rule = Rule(init, turn, step, keep=lambda finite, new, old: new)
-    return of_rule(rule, batch_axes)
 
 
 def _weights(gram, slot, damping, relative):
