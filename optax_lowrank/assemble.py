@@ -74,9 +74,7 @@ def assemble(
       >>> list(ol.diagnostics(state))
       ['kernel']
     """
-    for name, part in (("inner", inner), ("dense", dense)):
-        if part is not None and not (hasattr(part, "init") and hasattr(part, "update")):
-            raise TypeError(f"`{name}` must be an Optax transformation, got {part!r}.")
+    _check_transformations(inner=inner, dense=dense)
     rest = _summed((inner or optax.scale_by_adam()) if dense is None else dense, accumulate)
     rest = _in_float32(rest) if dense is None else rest
     finished_here = {"matrix": not owns_learning_rate, "dense": dense is None}
@@ -88,11 +86,8 @@ def assemble(
         if _is_whole(params):
             axes_by_path(params, axes)  # raises if overrides do not fit
             if "matrix" not in jax.tree.leaves(labels(params)):
-                table = describe(params, axes, rank=rank)
-                warnings.warn(
-                    f"no leaf is projected: this is an optimizer of dense leaves.\n{table}",
-                    stacklevel=2,
-                )
+                dense_only = "no leaf is projected: this is an optimizer of dense leaves."
+                warnings.warn(f"{dense_only}\n{describe(params, axes, rank=rank)}", stacklevel=2)
         return OptimizerState(direction.init(params), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
@@ -102,23 +97,18 @@ def assemble(
             rate = rate(state.count // accumulate)
         if accumulate > 1:
             decay = jnp.where((state.count + 1) % accumulate == 0, decay, 0)
-        decays, weights, taken = {}, {}, {}
+        decaying, taken = {}, {}
         if not never_decays:
-            if params is None:
-                raise ValueError(
-                    "`weight_decay` needs the weights: call `tx.update(grads, state, params)`."
-                )
-            decays, weights = (flatten_by_path(x)[0] for x in (_chosen(mask, params), params))
-            taken = _taken(updates, new, axes)
+            decaying, taken = _decaying(mask, params), _taken(updates, new, axes)
         parts = flatten_by_path(labels(updates))[0]
 
         def finish(path, u):
             if not finished_here[parts[path]]:
                 return u
             x = u.astype(wide(u))
-            if decays.get(path):
+            if path in decaying:
                 λ = jnp.where(taken[path], decay, 0).astype(x.dtype)
-                x = x + λ * weights[path].astype(x.dtype)
+                x = x + λ * decaying[path].astype(x.dtype)
             return (-jnp.asarray(rate, x.dtype) * x).astype(u.dtype)
 
         leaves, treedef = flatten_by_path(out)
@@ -126,6 +116,12 @@ def assemble(
         return out, OptimizerState(new, optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_transformations(**parts):
+    for name, part in parts.items():
+        if part is not None and not (hasattr(part, "init") and hasattr(part, "update")):
+            raise TypeError(f"`{name}` must be an Optax transformation, got {part!r}.")
 
 
 def _labels(tree, axes, rank):
@@ -154,12 +150,18 @@ def _is_whole(params):
     return bool(leaves) and all(not is_masked(x) and hasattr(x, "shape") for x in leaves)
 
 
-def _chosen(mask, params):
-    """Which leaves decay, a tree like the parameters; a mask may be a prefix of them."""
+def _decaying(mask, params) -> dict[str, jax.Array]:
+    """The weights that decay, by path; a mask may be a prefix of them."""
+    if params is None:
+        raise ValueError(
+            "`weight_decay` needs the weights: call `tx.update(grads, state, params)`."
+        )
     chosen = mask(params) if callable(mask) else True if mask is None else mask
-    return jax.tree.map(
+    whole = jax.tree.map(
         lambda choice, part: jax.tree.map(lambda _: bool(choice), part), chosen, params
     )
+    chosen, weights = flatten_by_path(whole)[0], flatten_by_path(params)[0]
+    return {path: W for path, W in weights.items() if chosen.get(path)}
 
 
 def _taken(updates, state, axes) -> dict[str, jax.Array]:
