@@ -31,15 +31,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax_lowrank.bases import Basis, BasisStore, Fitted, InDtype
 from optax_lowrank.classify import Rank, axes_by_path, check_rank, ranks_by_path
 from optax_lowrank.fits import Fit, check_fit, randomized_svd
-from optax_lowrank.refit import (
-    Leaf,
-    Matrix,
-    Plan,
-    TwoSided,
-    hashed,
-    read_bases,
-    refit,
-)
+from optax_lowrank.refit import Leaf, Matrix, Plan, TwoSided, hashed, read_bases, refit
 from optax_lowrank.refresh import (
     Policy,
     Statistics,

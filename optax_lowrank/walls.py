@@ -14,7 +14,10 @@ from jax.sharding import AxisType
 
 
 def after(before: jax.Array | None, compute: Callable[..., Any], *operands: Any) -> Any:
-    """`compute(*operands)`, which inside jit does not begin before the array `before` is there."""
+    """`compute(*operands)`, which inside jit does not begin before the array `before` is there.
+
+    What `compute` returns as it got it may be there at once.
+    """
     if not isinstance(before, jax.core.Tracer) or not before.size:
         return compute(*operands)  # outside jit everything has its turn
 
