@@ -196,7 +196,7 @@ def _load(plan, matrices, stored, leaf, layer):
 
     branches = [of(x, old) for x, old in zip(matrices, stored, strict=True)]
     G, W, *rest = lax.switch(leaf, branches) if len(branches) > 1 else branches[0]()
-    if plan.tangent:  # outside of the branches, where its sums would lay out whole stacks anew
+    if plan.tangent:  # once for each shape, not for each leaf
         tangents = [lambda axis=axis: plan.tangent(G, W, axis)[0] for axis in (0, 1)]
         G = lax.switch(jnp.array([x.view.sum_axis for x in matrices])[leaf], tangents)
     return G.astype(wide(G)), *rest
