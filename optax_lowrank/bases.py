@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from optax_lowrank import linalg
 from optax_lowrank.codes import Book
-from optax_lowrank.fits import Fit
-from optax_lowrank.linalg import matmul
+from optax_lowrank.fits import Fit, call_fit
+from optax_lowrank.linalg import LinearOperator, as_operator, matmul
 
 
 class Basis(Protocol):
@@ -20,7 +20,9 @@ class Basis(Protocol):
     def init(self, m: int, r: int, dtype: Any) -> Any:
         """What is stored before the first fit."""
 
-    def refit(self, key: jax.Array, G: jax.Array, P: jax.Array) -> tuple[Any, jax.Array]:
+    def refit(
+        self, key: jax.Array, G: jax.Array | LinearOperator, P: jax.Array
+    ) -> tuple[Any, jax.Array]:
         """What is stored of the basis for G (m, n), P being the old one, and whether that is any good, () bool."""
 
     def read(self, stored: Any, key: jax.Array, m: int, r: int, dtype: Any) -> jax.Array:
@@ -58,7 +60,7 @@ class Fitted:
 
     def refit(self, key, G, P):
         """The fit's basis, unless it is not finite or not orthonormal."""
-        new = self.fit(key, G, P)
+        new = call_fit(self.fit, key, G, P)
         return self.store.encode(new), linalg.is_orthonormal(new)
 
     def read(self, stored, key, m, r, dtype):
@@ -126,7 +128,7 @@ class _DCT:
         del key
         m, r = P.shape
         C = linalg.dct_columns(m, jnp.arange(m, dtype=jnp.int32), G.dtype)
-        energy = jnp.sum(jnp.square(matmul(C.T, G)), axis=1)
+        energy = jnp.sum(jnp.square(as_operator(G).T @ C), axis=0)
         return jax.lax.top_k(energy, r)[1].astype(jnp.int32)[None], jnp.all(jnp.isfinite(energy))
 
     def read(self, stored, key, m, r, dtype):

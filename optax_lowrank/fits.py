@@ -2,9 +2,11 @@
 
 A fit is a pure function of a key, a gradient `G` (m, n) and the old basis `P` (m, r), both float32 or wider;
 it returns the new basis (m, r) with orthonormal columns, or zero columns where `G` has no direction left.
-`low_rank` calls it only with finite, nonzero gradients, scaled to a largest entry of 1. The fits below are values:
-equal arguments give equal objects with equal hashes, so that a jitted function which takes one as a static argument is
-compiled once, not once for every optimizer that is made.
+`low_rank` calls it only with finite, nonzero gradients, scaled to a largest entry of 1. A fit that sets `by_products`
+takes a `linalg.LinearOperator` as well: of a gradient that is spread over devices its products travel, not its entries.
+
+The fits below are values: equal arguments give equal objects with equal hashes, so that a jitted function which takes
+one as a static argument is compiled once, not once for every optimizer that is made.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowrank import linalg
+from optax_lowrank.walls import cond, vary_alike
 
 Fit = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -84,28 +87,34 @@ def randomized_svd(oversample: int = 8, power_iterations: int = 1) -> Fit:
     return _RandomizedSvd(oversample, power_iterations)
 
 
+def call_fit(fit: Fit, key: jax.Array, G: jax.Array | linalg.LinearOperator, P: jax.Array):
+    """`fit(key, G, P)`, with all of G in one place if the fit needs it."""
+    if isinstance(G, linalg.LinearOperator) and not getattr(fit, "by_products", False):
+        G = G.dense()
+    return fit(key, G, P)
+
+
 @dataclasses.dataclass(frozen=True)
 class _RandomizedSvd:
     oversample: int
     power_iterations: int
+    by_products = True
 
     def __call__(self, key, G, P):
-        rank = P.shape[1]
-        sketch = min(rank + self.oversample, *G.shape)
-        Y = linalg.matmul(G, jax.random.normal(key, (G.shape[1], sketch), G.dtype))
+        G, rank = linalg.as_operator(G), P.shape[1]
+        m, n = G.shape
+        sketch = min(rank + self.oversample, m, n)
 
         def iterate(i, state):
-            Y, Q = state
-
-            def power():
-                Z = linalg.orthonormalize(linalg.matmul(G.T, Q), of_longest=True)
-                return linalg.matmul(G, Z)
-
-            Y = jax.lax.cond(i > 0, power, lambda: Y)
+            _, Q = state
+            draw = lambda: jax.random.normal(key, (n, sketch), G.dtype)
+            power = lambda: linalg.orthonormalize(G.T @ Q, of_longest=True)
+            Y = G @ cond(i > 0, power, draw)
             return Y, linalg.orthonormalize(Y, of_longest=True)
 
-        # a loop, so that each factorization is compiled once however often it runs
-        Y, Q = jax.lax.fori_loop(0, self.power_iterations + 1, iterate, (Y, jnp.zeros_like(Y)))
+        # a loop, so that each product and each factorization is compiled once however often it runs
+        start, _ = vary_alike((jnp.zeros((m, sketch), G.dtype),) * 2, P)
+        Y, Q = jax.lax.fori_loop(0, self.power_iterations + 1, iterate, start)
         return linalg.rotate_to_singular_vectors(Q, Y)[:, :rank]
 
 
@@ -134,12 +143,16 @@ def subspace_iteration() -> Fit:
 
 @dataclasses.dataclass(frozen=True)
 class _SubspaceIteration:
+    by_products = True
+
     def __call__(self, key, G, P):
+        G = linalg.as_operator(G)
+
         def project(state):
             P, _, tries = state
             seeds = jax.random.normal(jax.random.fold_in(key, tries), P.shape, P.dtype)
             P = jnp.where(_there(P)[None, :], P, seeds / P.shape[0] ** 0.5)
-            Z = linalg.orthonormalize(linalg.matmul(G.T, P), of_longest=True)
+            Z = linalg.orthonormalize(G.T @ P, of_longest=True)
             return jnp.where(_there(Z)[None, :], P, 0), Z, tries + 1
 
         def again(state):
@@ -148,7 +161,7 @@ class _SubspaceIteration:
 
         Z = jnp.zeros((G.shape[1], P.shape[1]), G.dtype)
         _, Z, _ = jax.lax.while_loop(again, project, (P, Z, 0))
-        return linalg.left_singular_vectors(linalg.matmul(G, Z))
+        return linalg.left_singular_vectors(G @ Z)
 
 
 def _there(P):
@@ -175,6 +188,8 @@ def gaussian() -> Fit:
 
 @dataclasses.dataclass(frozen=True)
 class _Gaussian:
+    by_products = True
+
     def __call__(self, key, G, P):
         return linalg.fix_signs(linalg.orthonormalize(jax.random.normal(key, P.shape, G.dtype)))
 
@@ -234,13 +249,16 @@ class _AdaptiveRank:
     max_residual_energy: float
     min_rank: int
     rank_step: int
+    by_products = True
 
     def __call__(self, key, G, P):
-        P = self.fit(key, G, P)
-        largest = jnp.max(jnp.abs(G))  # squares overflow long before G does
-        G = G / jnp.where(largest > 0, largest, 1)
-        kept = jnp.cumsum(jnp.sum(jnp.square(linalg.matmul(P.T, G)), axis=1))
-        lost = 1 - kept / jnp.sum(jnp.square(G))  # NaN for G = 0, whose basis is zero at every rank
+        if not isinstance(G, linalg.LinearOperator):
+            largest = jnp.max(jnp.abs(G))  # squares overflow long before G does
+            G = G / jnp.where(largest > 0, largest, 1)
+        G = linalg.as_operator(G)
+        P = call_fit(self.fit, key, G, P)
+        kept = jnp.cumsum(jnp.sum(jnp.square(G.T @ P), axis=0))
+        lost = 1 - kept / G.energy()  # NaN for G = 0, whose basis is zero at every rank
         ranks = jnp.arange(1, P.shape[1] + 1)
         tried = (ranks >= self.min_rank) & ((ranks - self.min_rank) % self.rank_step == 0)
         enough = tried & (lost <= self.max_residual_energy)

@@ -5,14 +5,83 @@ all-reduces of r × r Gram matrices, and an accelerator sees matrix products ins
 reflections. All arithmetic is float32 or wider, with products at `Precision.HIGHEST`.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearOperator:
+    """A matrix G (m, n) known by its products, so that it need not be in one place: `G @ X`, `G.T @ Y`.
+
+    Args:
+      shape, dtype: of the matrix; float32 or wider.
+      times: X (n, k) ↦ G X.
+      transposed_times: Y (m, k) ↦ GᵀY.
+      energy: () ↦ ‖G‖².
+      dense: () ↦ the matrix itself.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_lowrank import linalg
+      >>> G = linalg.as_operator(jnp.array([[3.0, 0.0], [0.0, 4.0]]))
+      >>> (G @ jnp.ones((2, 1))).tolist(), G.energy().item()
+      ([[3.0], [4.0]], 25.0)
+    """
+
+    shape: tuple[int, int]
+    dtype: Any
+    times: Callable[[jax.Array], jax.Array]
+    transposed_times: Callable[[jax.Array], jax.Array]
+    energy: Callable[[], jax.Array]
+    dense: Callable[[], jax.Array]
+
+    def __matmul__(self, X: jax.Array) -> jax.Array:
+        return self.times(X)
+
+    @property
+    def T(self) -> "LinearOperator":
+        """The transposed matrix."""
+        return LinearOperator(
+            self.shape[::-1],
+            self.dtype,
+            self.transposed_times,
+            self.times,
+            self.energy,
+            lambda: self.dense().T,
+        )
+
+    def plus(self, P: jax.Array, C: jax.Array) -> "LinearOperator":
+        """G + P C, P (m, r) with orthonormal columns."""
+        return LinearOperator(
+            self.shape,
+            self.dtype,
+            lambda X: self @ X + matmul(P, matmul(C, X)),
+            lambda Y: self.T @ Y + matmul(C.T, matmul(P.T, Y)),
+            lambda: self.energy() + jnp.sum(C * (2 * (self.T @ P).T + C)),
+            lambda: self.dense() + matmul(P, C),
+        )
+
+
+def as_operator(G: jax.Array | LinearOperator) -> LinearOperator:
+    """A matrix as an operator, with products at `Precision.HIGHEST`."""
+    if isinstance(G, LinearOperator):
+        return G
+    return LinearOperator(
+        G.shape,
+        G.dtype,
+        functools.partial(matmul, G),
+        functools.partial(matmul, G.T),
+        lambda: jnp.sum(jnp.square(G)),
+        lambda: G,
+    )
 
 
 def fix_signs(P: jax.Array) -> jax.Array:
@@ -73,7 +142,8 @@ def orthonormalize(Y: jax.Array, *, of_longest: bool = False) -> jax.Array:
 
     Args:
       Y: (m, r) matrix, m ≥ r, float32 or float64.
-      of_longest: measure round-off by the longest column instead, as befits a product with a gradient.
+      of_longest: measure by the longest column instead, and lose what is below 64 eps √r of it: of a product with a
+        gradient, that is round-off.
 
     Returns:
       (m, r) matrix Q. QᵀQ is the identity, but for zeros in place of directions that `Y` does not have.
@@ -92,7 +162,7 @@ def orthonormalize(Y: jax.Array, *, of_longest: bool = False) -> jax.Array:
       communication for.
     """
     Y, length = _unit_columns(Y)
-    return _orthonormalize(Y, length if of_longest else jnp.ones_like(length))
+    return _orthonormalize(Y, length / 4 if of_longest else jnp.ones_like(length))
 
 
 def _unit_columns(Y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -235,7 +305,7 @@ def left_singular_vectors(Y: jax.Array) -> jax.Array:
     """Left singular vectors of a tall `Y`, strongest first, from an eigendecomposition of r × r.
 
     Q = orthonormal basis of Y, T = QᵀY, T Tᵀ = U Σ² Uᵀ, result Q U. Unlike in `orthonormalize`, what is shorter than
-    16 eps √r of the *longest* column is lost: `Y` is a product with a gradient, whose round-off is of that size.
+    64 eps √r of the *longest* column is lost: `Y` is a product with a gradient, whose round-off is of that size.
 
     Args:
       Y: (m, r) matrix, m ≥ r, float32 or float64.
@@ -277,32 +347,6 @@ def rotate_to_singular_vectors(Q: jax.Array, Y: jax.Array) -> jax.Array:
     _, U = eigh(C)
     kept = jnp.arange(Y.shape[1]) < jnp.sum(~lost)
     return fix_signs(jnp.where(kept[None, :], matmul(Q, U[:, ::-1]), 0))
-
-
-def subspace_step(G: jax.Array, P: jax.Array) -> jax.Array:
-    """One step of subspace iteration, P ← left singular vectors of (G · orth(GᵀP)).
-
-    Args:
-      G: (m, n) matrix, float32 or float64.
-      P: (m, r) start, r ≤ min(m, n); need not be orthonormal.
-
-    Returns:
-      (m, r) estimate of the leading left singular vectors of `G`, strongest first, signs fixed. Two
-      products with `G`; the angle to the true subspace shrinks by (σ_{r+1} / σ_r)² a step.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from optax_lowrank import linalg
-      >>> G = jnp.diag(jnp.array([4.0, 2.0, 1.0]))
-      >>> P = jnp.ones((3, 1))
-      >>> for _ in range(8): P = linalg.subspace_step(G, P)
-      >>> jnp.allclose(P[:, 0], jnp.array([1.0, 0.0, 0.0]), atol=1e-3).item()
-      True
-
-    Reference: Halko, Martinsson, Tropp, arXiv:0909.4061, Algorithm 4.4; the last half step doubles as
-      their projection B = QᵀG, which saves one product with `G`.
-    """
-    return left_singular_vectors(matmul(G, orthonormalize(matmul(G.T, P), of_longest=True)))
 
 
 def push_through_weights(gram: jax.Array, e: jax.Array, damping: jax.Array) -> jax.Array:

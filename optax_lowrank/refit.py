@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_lowrank.bases import Basis
-from optax_lowrank.linalg import matmul
+from optax_lowrank.linalg import LinearOperator, matmul
 from optax_lowrank.refresh import positions
 from optax_lowrank.rules import Turn, wide
 from optax_lowrank.views import MatrixView
@@ -153,10 +153,11 @@ def _refit_equal_shapes(plan, count, matrices, pending) -> Refit:
     def one(step, done):
         i = order[step]
         leaf, layer = leaf_of[i], layer_of[i]
-        G, recalled, old, last_fit = _load(plan, matrices, done.stored, leaf, layer)
+        gradient = functools.partial(_gradient, plan, matrices, leaf, layer)
+        recalled, old, last_fit = _load(plan, matrices, done.stored, leaf, layer)
         keys = [_key(plan, at, name_of[leaf], layer) for at in (last_fit, count)]
         stored, turn, good, energy = _fit_one(
-            plan, alike, G, recalled, old, last_fit, count, keys, no_turn
+            plan, alike, gradient, recalled, old, last_fit, count, keys, no_turn
         )
         put = lambda at: lambda x, y: lax.dynamic_update_index_in_dim(x, y, at, 0)
         write = lambda of_leaf: jax.tree.map(put(layer), of_leaf, stored)
@@ -179,48 +180,80 @@ def _no_turn(plan, r, dtype) -> Turn | None:
     return Turn(jnp.zeros((r, r), dtype), jnp.zeros((r, r), dtype) if plan.two_sided else None)
 
 
+def _pick(leaf, branches, *operands):
+    """The result of one branch, that of the leaf."""
+    return lax.switch(leaf, branches, *operands) if len(branches) > 1 else branches[0](*operands)
+
+
 def _load(plan, matrices, stored, leaf, layer):
-    """Of one matrix the gradient (the geometry's, if it has one), what its rule recalls, its basis, its last fit."""
+    """Of one matrix what its rule recalls, its basis, its last fit."""
 
     def of(x, stored):
         def read():
-            at, recalled, W = lambda a: a[layer], None, None
+            at, recalled = lambda a: a[layer], None
             if plan.recall:
                 recalled = plan.recall(jax.tree.map(at, x.leaf.rule)).astype(wide(x.gradient))
-            if plan.tangent:
-                W = x.view.matrix(x.weight, layer)
-            G = x.view.matrix(x.gradient, layer)
-            return G, W, recalled, jax.tree.map(at, stored), x.last_fit[layer]
+            return recalled, jax.tree.map(at, stored), x.last_fit[layer]
 
         return read
 
-    branches = [of(x, old) for x, old in zip(matrices, stored, strict=True)]
-    G, W, *rest = lax.switch(leaf, branches) if len(branches) > 1 else branches[0]()
-    if plan.tangent:  # once for each shape, not for each leaf
-        tangents = [lambda axis=axis: plan.tangent(G, W, axis)[0] for axis in (0, 1)]
-        G = lax.switch(jnp.array([x.view.sum_axis for x in matrices])[leaf], tangents)
-    return G.astype(wide(G)), *rest
+    return _pick(leaf, [of(x, old) for x, old in zip(matrices, stored, strict=True)])
 
 
-def _fit_one(plan, x, G, recalled, old, last_fit, count, keys, no_turn):
+def _gradient(plan, matrices, leaf, layer, scale=1):
+    """One matrix's gradient, or the geometry's, divided by `scale`: `apply(f, *operands)` is f(G, *operands).
+
+    Of leaves of one shape, which a mesh may hold in different ways, only what f makes of a matrix travels.
+    """
+
+    def of(x):
+        def load():
+            G = x.view.matrix(x.gradient, layer)
+            if plan.tangent:
+                G, _ = plan.tangent(G, x.view.matrix(x.weight, layer), x.view.sum_axis)
+            return G.astype(wide(G)) / scale
+
+        return load
+
+    loads = [of(x) for x in matrices]
+    return lambda f, *operands: _pick(
+        leaf, [lambda *y, load=load: f(load(), *y) for load in loads], *operands
+    )
+
+
+def _operator(apply, shape, dtype) -> LinearOperator:
+    return LinearOperator(
+        shape,
+        dtype,
+        lambda X: apply(matmul, X),
+        lambda Y: apply(lambda G, Y: matmul(G.T, Y), Y),
+        lambda: apply(lambda G: jnp.sum(jnp.square(G))),
+        lambda: apply(lambda G: G),
+    )
+
+
+def _fit_one(plan, x, gradient, recalled, old, last_fit, count, keys, no_turn):
     """(stored, turn, good, ‖G‖²) of one matrix; not good if the gradient is unusable or the basis is none."""
-    view, r = x.view, x.rank
+    view, r, dtype = x.view, x.rank, wide(x.gradient)
     old_key, key = keys
-    read = functools.partial(_read, plan, view, r, G.dtype)
+    read = functools.partial(_read, plan, view, r, dtype)
     P, K = read(old, old_key, last_fit)
+    largest = gradient(1)(lambda G: jnp.max(jnp.abs(G)))
     if recalled is not None:
-        G = G + matmul(P, recalled if K is None else matmul(recalled, K.T))
-    largest = jnp.max(jnp.abs(G))
-    usable = jnp.isfinite(largest) & (largest > jnp.finfo(G.dtype).tiny)
+        recalled = recalled if K is None else matmul(recalled, K.T)
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(recalled)))
+    usable = jnp.isfinite(largest) & (largest > jnp.finfo(dtype).tiny)
 
     def fit():
-        unit = G / largest
+        unit = _operator(gradient(largest), (view.m, view.n), dtype)
+        energy = (unit.energy() * largest**2).astype(jnp.float32)
+        if recalled is not None:
+            unit = unit.plus(P, recalled / largest)
         new, good = plan.basis.refit(key, unit, P)
         if plan.two_sided:
-            R = matmul(plan.basis.read(new, key, view.m, r, G.dtype).T, unit)
-            other, good_K = plan.basis.refit(jax.random.fold_in(key, 1), R.T, K)
+            R_T = unit.T @ plan.basis.read(new, key, view.m, r, dtype)
+            other, good_K = plan.basis.refit(jax.random.fold_in(key, 1), R_T, K)
             new, good = TwoSided(new, other), good & good_K
-        energy = (jnp.sum(jnp.square(unit)) * largest**2).astype(jnp.float32)
         return new, turn(new), good, jnp.where(good, energy, 0)
 
     def turn(new):

@@ -1,5 +1,6 @@
 """Fits: close to the best basis, orthonormal, deterministic; each one works inside `low_rank`."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,8 +12,9 @@ from hypothesis import given, settings, strategies as st
 
 import optax_lowrank as ol
 from optax_lowrank import linalg
+from optax_lowrank.fits import call_fit
 
-from .test_linalg import EXAMPLES, STRUCTURES, structured, x64
+from .test_linalg import EXAMPLES, STRUCTURES, structured, with_singular_values, x64
 
 FITS = {
     "svd": ol.svd(),
@@ -200,6 +202,58 @@ def test_subspace_iteration_finds_a_gradient_that_has_left_the_basis():
         P = fit("subspace_iteration", G, rank=4, old=old)
         assert P.any(axis=0).sum() == more
         assert energy(P, G) >= (1 - 1e-5) * np.square(G).sum()
+
+
+@given(seed=st.integers(0, 2**32 - 1), ratio=st.floats(0.05, 0.8))
+def test_subspace_iteration_converges_at_its_rate(seed, ratio):
+    """tan of the angle to the leading subspace falls by (σ_{r+1} / σ_r)² a step."""
+    random, (m, n, r) = np.random.default_rng(seed), (14, 20, 3)
+    values = np.concatenate([[3.0, 2.0, 1.0], ratio * random.uniform(0.1, 1, m - r)])
+    values[r] = ratio
+    G = with_singular_values(random, m, n, values)
+    U = np.linalg.svd(G)[0]
+
+    def tangent(P):
+        return np.linalg.norm(U[:, r:].T @ P @ np.linalg.inv(U[:, :r].T @ P), 2)
+
+    P = np.linalg.qr(random.standard_normal((m, r)))[0]
+    with x64(np.float64):
+        for _ in range(4):
+            before, P = tangent(P), fit("subspace_iteration", G, r, old=P)
+            # 1 % and 1e-12: round-off in float64
+            assert tangent(P) <= 1.01 * ratio**2 * before + 1e-12
+            assert_orthonormal(P)
+
+
+@pytest.mark.parametrize("name", [*FITS, "adaptive_rank"])
+def test_a_fit_by_products_sees_no_entries(name):
+    """What it makes of products alone is what it makes of the matrix."""
+    chosen = FITS.get(name, ol.adaptive_rank(ol.randomized_svd(), 0.5, 1, 1))
+    G = jnp.asarray(slowly_decaying(24, 40))
+    products = dataclasses.replace(linalg.as_operator(G), dense=None)  # an error if it is called
+    if not getattr(chosen, "by_products", False):
+        assert name == "svd"
+        products = linalg.as_operator(G)
+    P, old = chosen(KEY, G, jnp.zeros((24, 6))), jnp.zeros((24, 6))
+    np.testing.assert_allclose(call_fit(chosen, KEY, products, old), P, rtol=0, atol=1e-5)
+
+
+def test_a_sum_with_a_product_of_two_is_an_operator():
+    random = np.random.default_rng(0)
+    G, X, Y = (
+        jnp.asarray(random.standard_normal(s), jnp.float32) for s in ((9, 14), (14, 2), (9, 2))
+    )
+    P = jnp.asarray(np.linalg.qr(random.standard_normal((9, 3)))[0], jnp.float32)
+    C = jnp.asarray(random.standard_normal((3, 14)), jnp.float32)
+    for A, B in ((linalg.as_operator(G).plus(P, C), G + P @ C), (linalg.as_operator(G).T, G.T)):
+        right, left = (X, Y) if A.shape == (9, 14) else (Y, X)
+        for got, want in (
+            (A @ right, B @ right),
+            (A.T @ left, B.T @ left),
+            (A.energy(), jnp.sum(B**2)),
+            (A.dense(), B),
+        ):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def equations(jaxpr):

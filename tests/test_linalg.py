@@ -17,12 +17,11 @@ SHAPES = [(1, 1), (7, 1), (5, 5), (12, 4), (40, 17)]
 DTYPES = [np.float32, np.float64]
 EPS = {dtype: np.finfo(dtype).eps for dtype in DTYPES}
 
-orthonormalize, left_singular_vectors, subspace_step, push_through_weights = map(
+orthonormalize, left_singular_vectors, push_through_weights = map(
     jax.jit,
     (
         linalg.orthonormalize,
         linalg.left_singular_vectors,
-        linalg.subspace_step,
         linalg.push_through_weights,
     ),
 )
@@ -254,40 +253,6 @@ def test_left_singular_vectors_are_those_of_lapack(shape, dtype, seed, data):
     np.testing.assert_allclose(aligned, 1, rtol=0, atol=1e5 * EPS[dtype])
     largest = np.abs(U[:, :rank]).argmax(axis=0)
     assert (U[largest, range(rank)] > 0).all()
-
-
-# Subspace iteration
-
-
-@given(seed=seeds, ratio=st.floats(0.05, 0.8))
-def test_subspace_step_converges_at_its_rate(seed, ratio):
-    """tan of the angle to the leading subspace falls by (σ_{r+1} / σ_r)² a step."""
-    random, (m, n, r) = np.random.default_rng(seed), (14, 20, 3)
-    values = np.concatenate([[3.0, 2.0, 1.0], ratio * random.uniform(0.1, 1, m - r)])
-    values[r] = ratio
-    G = with_singular_values(random, m, n, values)
-    U = np.linalg.svd(G)[0]
-
-    def tangent(P):
-        return np.linalg.norm(U[:, r:].T @ P @ np.linalg.inv(U[:, :r].T @ P), 2)
-
-    P = orthonormal(random, m, r)
-    for _ in range(4):
-        before, P = tangent(P), call(subspace_step, G, P)
-        # 1 % and 1e-12: round-off in float64
-        assert tangent(P) <= 1.01 * ratio**2 * before + 1e-12
-        assert_orthonormal_or_zero(P, rank=r)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_subspace_step_of_a_matrix_with_less_rank_than_columns(dtype):
-    random = np.random.default_rng(0)
-    G = with_singular_values(random, 12, 9, [2.0, 1.0]).astype(dtype)
-    P = call(subspace_step, G, random.standard_normal((12, 4)).astype(dtype))
-    assert_orthonormal_or_zero(P, rank=2)
-    assert not P[:, 2:].any()
-    np.testing.assert_allclose(P @ (P.T @ G), G, rtol=0, atol=1e-5)
-    assert not call(subspace_step, np.zeros_like(G), P.astype(dtype)).any()
 
 
 # The damped solve
