@@ -13,6 +13,7 @@ from optax_lowrank.low_rank import LowRankState
 from optax_lowrank.refresh import positions
 from optax_lowrank.rules import wide
 from optax_lowrank.views import MatrixView, flatten_by_path
+from optax_lowrank.walls import AxisName, mean_over
 
 
 class OptimizerState(NamedTuple):
@@ -34,6 +35,7 @@ def assemble(
     mask: Any = None,
     owns_learning_rate: bool = False,
     accumulate: int = 1,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A complete optimizer from a transformation of the matrices and one of everything else.
 
@@ -57,6 +59,7 @@ def assemble(
       mask: which leaves decay: a tree like the parameters or a function of them, as in `optax.adamw`.
       owns_learning_rate: `matrix` applies η and λ itself, as `gradnormlorp` must.
       accumulate: k micro-batches that make one update; `matrix` must have an `accumulated` rule then.
+      axis_name: mesh axes along which gradients differ, as in `low_rank`; `matrix` must know of them, too.
 
     Returns:
       A transformation; `update` needs `params` only if something decays.
@@ -91,6 +94,8 @@ def assemble(
         return OptimizerState(direction.init(params), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
+        parts = flatten_by_path(labels(updates))[0]
+        updates = _dense_averaged(updates, parts, axis_name)
         out, new = direction.update(updates, state.direction, params, **extra)
         rate, decay = learning_rate, weight_decay
         if callable(rate):
@@ -100,7 +105,6 @@ def assemble(
         decaying, taken = {}, {}
         if not never_decays:
             decaying, taken = _decaying(mask, params), _taken(updates, new, axes)
-        parts = flatten_by_path(labels(updates))[0]
 
         def finish(path, u):
             if not finished_here[parts[path]]:
@@ -132,6 +136,12 @@ def _labels(tree, axes, rank):
     ranks = ranks_by_path(views, rank, strict=False)
     projected = {path for path, view in views.items() if min(view.m, view.n) > ranks[path]}
     return treedef.unflatten("matrix" if path in projected else "dense" for path in leaves)
+
+
+def _dense_averaged(updates, parts, axis_name):
+    leaves, treedef = flatten_by_path(updates)
+    mean = lambda path, g: mean_over(axis_name, g) if parts[path] == "dense" else g
+    return treedef.unflatten(mean(path, g) for path, g in leaves.items())
 
 
 def _summed(dense, k):

@@ -43,7 +43,7 @@ from optax_lowrank.refresh import (
 )
 from optax_lowrank.rules import Asked, Rule, as_rule, put_back, repeated, unturned, wide
 from optax_lowrank.views import MatrixView, flatten_by_path
-from optax_lowrank.walls import after, loop, vary_alike
+from optax_lowrank.walls import AxisName, after, loop, mean_over, vary_alike
 
 Side = Literal["short", "long", "both"]
 
@@ -88,6 +88,7 @@ def low_rank(
     seed: int = 0,
     basis_store: BasisStore = InDtype(),  # noqa: B008
     geometry: Geometry | None = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs a rule, or any Optax transformation, on the coordinates of each matrix's gradient in a low-rank basis.
 
@@ -117,6 +118,10 @@ def low_rank(
       basis_store: how fitted bases are stored: `InDtype(jnp.bfloat16)` halves them (orthonormal to 1e-2 then),
         `InCodes(8)` and `InCodes(4)` keep codes. They are fitted in float32 or wider, which is the default.
       geometry: what else happens to a matrix in full space, see `Geometry`.
+      axis_name: inside `jax.shard_map`, the mesh axes along which gradients differ. The update is that of their mean,
+        but what is averaged is R, r · n numbers a matrix, and at a refit the products of the fit, r + 8 columns or
+        rows at a time; ‖G‖² is the mean of the devices' own. A rule that weighs columns, and a fit that does not set
+        `by_products`, have the whole gradient averaged.
 
     Returns:
       A transformation. Updates have the gradient's shape and dtype. Arithmetic is float32 or wider; of bfloat16
@@ -144,6 +149,7 @@ def low_rank(
         basis=fit if hasattr(fit, "implicit") else Fitted(fit, basis_store),
         two_sided=side == "both",
         turns=rule.turn is not unturned,
+        axis_name=axis_name,
         seed=seed,
         recall=rule.recall,
         tangent=None if geometry is None else geometry.tangent,
@@ -213,9 +219,13 @@ class _Core:
         if not views:
             return updates, state._replace(count=optax.safe_increment(state.count))
         _check_same_leaves(views, state)
-        grads, state, params = vary_alike(grads, state, params)
+        grads, state, params = vary_alike(grads, state, params, but=self.plan.axis_name)
         places = positions({path: view.batch for path, view in views.items()})
         matrices = self.matrices(views, grads, state, params, places)
+        if self.plan.axis_name is not None and self.weighs_columns(matrices, state.count, extra):
+            updates = mean_over(self.plan.axis_name, updates)
+            alone = dataclasses.replace(self, plan=self.plan._replace(axis_name=None))
+            return alone.step(updates, state, params, **extra)
         # `optax.contrib.sam` interpolates states, which makes ints of bools
         pending = state.stats.pending.astype(bool) | self.refresh(state.count, state.stats)
         new = refit(self.plan, state.count, matrices, pending, places)
@@ -243,6 +253,18 @@ class _Core:
     @property
     def reads_weights(self):
         return self.geometry is not None and self.geometry.reads_weights
+
+    def weighs_columns(self, matrices, count, extra):
+        """Whether the rule weighs columns of the gradient, which takes the whole of it."""
+        x = next(iter(matrices.values()))
+        n, told = x.rank if self.plan.two_sided else x.view.n, {"count": count, "size": x.view.m}
+
+        def step(state):
+            R, columns = jnp.zeros((x.rank, n), wide(x.gradient)), jnp.zeros(n)
+            return self.rule.step(R, columns, state, finite=jnp.bool_(True), **told, **extra)
+
+        _, c, _ = jax.eval_shape(jax.vmap(step), x.leaf.rule)
+        return c is not None
 
     def views_of(self, tree):
         leaves, treedef = flatten_by_path(tree)
@@ -331,13 +353,15 @@ class _Core:
         if G.dtype == jnp.bfloat16:
             P = P.astype(G.dtype)
         R = jnp.matmul(P.T, G.astype(P.dtype), preferred_element_type=wide(G))
+        R = R if K is None else jnp.matmul(R, K)
+        R, kept = mean_over(self.plan.axis_name, (R, kept))
         if K is not None:
-            R = jnp.matmul(R, K)
             exact = {x.dtype for x in (G, *jax.tree.leaves(stored))} == {R.dtype}
             R = jnp.where(fitted, _without_round_off(R, 1e-5 if exact else 2**-6), R)
         columns = jnp.sum(jnp.square(G.astype(R.dtype)), axis=0).astype(jnp.float32)
         if P.dtype != R.dtype and K is None:
             columns = columns + _overlap(P, R)
+        columns = mean_over(self.plan.axis_name, columns)
         return _Projected(R, P, K, columns, kept)
 
     def finish(self, x: Matrix, told, G, W, projected: _Projected, old, outer):

@@ -20,6 +20,7 @@ from optax_lowrank.moments import rotated, scale_by_rotated_adam
 from optax_lowrank.quantize import quantize_state
 from optax_lowrank.refresh import Policy, as_policy
 from optax_lowrank.rules import Rule, accumulated, in_codes, lifted
+from optax_lowrank.walls import AxisName
 
 # 8 or 4, or the arguments of `quantize_state`.
 StateBits = Literal[8, 4] | Mapping[str, Any] | None
@@ -51,6 +52,9 @@ class Options:
       accumulate: k micro-batches that make one update. Their gradients are summed in the subspace (`accumulated`), and
         updates in between are zero; `update_proj_gap` and schedules count the real ones.
       seed: of the random sketches.
+      axis_name: inside `jax.shard_map`, the mesh axes along which gradients differ, each device having those of its own
+        batch. The optimizer averages them, matrices as coordinates, r · n numbers instead of m · n (whole where a
+        method weighs columns: `fira`, `apollo`, `low_rank_muon`), the other leaves as they are.
     """
 
     rank: Rank = 128
@@ -71,6 +75,7 @@ class Options:
     state_bits: StateBits = None
     accumulate: int = 1
     seed: int = 0
+    axis_name: AxisName = None
 
     def __post_init__(self):
         check_rank(self.rank)
@@ -159,6 +164,7 @@ class Options:
             "fit": self.fit,
             "side": self.side,
             "seed": self.seed,
+            "axis_name": self.axis_name,
         } | changes
         return low_rank(
             accumulated(rule, self.accumulate),
@@ -204,6 +210,7 @@ class Options:
             mask=self.mask,
             owns_learning_rate=owns_learning_rate,
             accumulate=self.accumulate,
+            axis_name=self.axis_name,
         )
 
 

@@ -21,7 +21,7 @@ from optax_lowrank.linalg import LinearOperator, matmul
 from optax_lowrank.refresh import positions
 from optax_lowrank.rules import Turn, wide
 from optax_lowrank.views import MatrixView
-from optax_lowrank.walls import cond, loop, when
+from optax_lowrank.walls import AxisName, cond, loop, mean_over, when
 
 
 class Plan(NamedTuple):
@@ -30,6 +30,7 @@ class Plan(NamedTuple):
     basis: Basis
     two_sided: bool
     turns: bool  # are rotations wanted?
+    axis_name: AxisName  # mesh axes along which gradients differ
     seed: int
     recall: Callable[[Any], jax.Array] | None  # of the rule
     tangent: Callable[..., Any] | None  # of the geometry
@@ -203,7 +204,8 @@ def _load(plan, matrices, stored, leaf, layer):
 def _gradient(plan, matrices, leaf, layer, scale=1):
     """One matrix's gradient, or the geometry's, divided by `scale`: `apply(f, *operands)` is f(G, *operands).
 
-    Of leaves of one shape, which a mesh may hold in different ways, only what f makes of a matrix travels.
+    Of leaves of one shape, which a mesh may hold in different ways, only what f makes of a matrix travels; and so it is
+    of gradients that differ by device: products are averaged, of ‖G‖² and the largest entry a bound.
     """
 
     def of(x):
@@ -216,9 +218,12 @@ def _gradient(plan, matrices, leaf, layer, scale=1):
         return load
 
     loads = [of(x) for x in matrices]
-    return lambda f, *operands: _pick(
-        leaf, [lambda *y, load=load: f(load(), *y) for load in loads], *operands
-    )
+
+    def apply(f, *operands):
+        branches = [lambda *y, load=load: f(load(), *y) for load in loads]
+        return mean_over(plan.axis_name, _pick(leaf, branches, *operands))
+
+    return apply
 
 
 def _operator(apply, shape, dtype) -> LinearOperator:

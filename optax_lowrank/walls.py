@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
+AxisName = str | tuple[str, ...] | None
+
 
 def after(before: jax.Array | None, compute: Callable[..., Any], *operands: Any) -> Any:
     """`compute(*operands)`, which inside jit does not begin before the array `before` is there.
@@ -22,11 +24,14 @@ def after(before: jax.Array | None, compute: Callable[..., Any], *operands: Any)
         return compute(*operands)  # outside jit everything has its turn
 
     def barrier(before, *operands):
-        return compute(*lax.optimization_barrier((operands, before))[0])
+        # one by one: what goes through a barrier together varies alike over the devices of a `shard_map`
+        wait = lambda x: lax.optimization_barrier((x, before))[0]
+        return compute(*jax.tree.map(wait, operands))
 
     def branch(before, *operands):
         # XLA for CPU drops barriers. It computes a predicate first, and does not know that this one never holds.
-        never = (jnp.ravel(before)[0].astype(jnp.int32) & 0x7FFFFFFF) < 0
+        first = before[(0,) * before.ndim]  # flattened, a sharded array would be gathered
+        never = (first.astype(jnp.int32) & 0x7FFFFFFF) < 0
         given, same = jax.tree.leaves(operands), {}
 
         def new(*operands):  # a branch would copy what `compute` returns as it got it
@@ -84,10 +89,15 @@ def _in_shard_map():
     return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
 
 
-def vary_alike(*trees: Any) -> Any:
-    """The trees, all arrays varying over the devices of a `shard_map` where one of them does."""
-    axes = _axes(trees)
+def vary_alike(*trees: Any, but: AxisName = None) -> Any:
+    """The trees, all arrays varying over the devices of a `shard_map` where one of them does, `but` over these axes."""
+    axes = _axes(trees) - set((but,) if isinstance(but, str) else but or ())
     return _vary(trees, axes) if axes else trees
+
+
+def mean_over(axis_name: AxisName, tree: Any) -> Any:
+    """The mean over mesh axes of a `shard_map`, if there are any."""
+    return tree if axis_name is None else lax.pmean(tree, axis_name)
 
 
 def _varying(branch, axes):

@@ -1,11 +1,12 @@
 """Eight devices: the same updates as on one, and no array changes its place."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -129,17 +130,82 @@ def test_state_stays_where_it_was_put(on_one_device, mesh):
     assert len(traces) == 1
 
 
-def test_randomized_refit_gathers_no_gradient():
-    """A gradient split over rows: Gram matrices and sketches travel, never 64 × 96 numbers."""
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    tx = ol.low_rank(optax.identity(), rank=4)
-    grad = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((64, 96)), jnp.float32)}
-    grad = jax.device_put(grad, NamedSharding(mesh, P("x", None)))
-    state = jax.device_put(tx.init(grad), NamedSharding(mesh, P()))
-    text = jax.jit(tx.update).lower(grad, state).compile().as_text()
-    assert "all-reduce" in text
-    gathers = [line for line in text.splitlines() if "all-gather(" in line]
-    assert not [line for line in gathers if "64,96]" in line or "6144]" in line], gathers
+def exchanged(compiled):
+    """Numbers in the largest operand of every collective of a compiled program."""
+    found = re.findall(
+        r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
+        compiled.as_text(),
+    )
+    shapes = [shape for kinds in found for shape in re.findall(r"\[([\d,]*)\]", kinds)]
+    return [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ol.fira,
+        ol.natural_galore,
+        functools.partial(ol.gradnormlorp, state_bits={"bits": 8, "min_size": 16}, basis_bits=8),
+    ],
+    ids=["fira", "natural_galore", "gradnormlorp_8bit"],
+)
+def test_no_collective_has_the_size_of_a_gradient(make):
+    """Equal shapes, unlike shardings: what meets in one program at a refit are products, not gradients."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    shapes = {"q": (64, 64), "o": (64, 64), "up": (64, 96), "down": (96, 64)}
+    specs = {"q": P("x", "y"), "o": P("y", "x"), "up": P("x", "y"), "down": P("y", "x")}
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    on = lambda sharding, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    params = {
+        name: on(shardings[name], jax.ShapeDtypeStruct(shape, jnp.float32))
+        for name, shape in shapes.items()
+    }
+    tx = make(0.1, rank=4)
+    places = ol.state_shardings(tx, params, shardings)
+    state = jax.tree.map(on, places, jax.eval_shape(tx.init, params))
+    update = jax.jit(tx.update, out_shardings=(shardings, places))
+    # a gradient's quarter, which is what each device has of one axis, has 1024 numbers; the history 4 r n = 1024
+    assert 0 < max(exchanged(update.lower(params, state, params).compile())) < 1024
+
+
+@pytest.mark.parametrize(
+    ("make", "whole"),
+    [
+        (functools.partial(ol.galore, weight_decay=0.1), False),
+        (functools.partial(ol.gradnormlorp, fit=ol.subspace_iteration()), False),
+        (ol.fira, True),
+    ],
+    ids=["galore", "gradnormlorp", "fira"],
+)
+def test_gradients_that_differ_by_device(make, whole):
+    """The steps of their mean; what is averaged are coordinates and sketches."""
+    random = np.random.default_rng(0)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    shapes = {"stack": (2, 32, 48), "down": (48, 32), "bias": (32,)}
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)
+    params = {name: draw(*shape) for name, shape in shapes.items()}
+    grads = [
+        {name: draw(8, *shape) + 3 * draw(1, *shape) for name, shape in shapes.items()}
+        for _ in range(3)
+    ]
+    options = {"rank": 4, "update_proj_gap": 2}
+    tx, alone = make(0.1, axis_name="data", **options), make(0.1, **options)
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=(P(), P())
+    )
+    def update(grads, state, params):
+        return tx.update(jax.tree.map(lambda x: x[0], grads), state, params)
+
+    largest = max(exchanged(update.lower(grads[0], tx.init(params), params).compile()))
+    assert largest == 2 * 32 * 48 if whole else largest < 32 * 48 / 2
+    state, state_alone, on_one = tx.init(params), alone.init(params), jax.jit(alone.update)
+    for of_devices in grads:
+        mean = jax.tree.map(lambda x: jnp.mean(x, axis=0), of_devices)
+        updates, state = update(of_devices, state, params)
+        want, state_alone = on_one(mean, state_alone, params)
+        assert_trees_close(updates, want, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_lowrank.linalg import matmul, push_through_weights
+from optax_lowrank.linalg import push_through_weights
 from optax_lowrank.options import Options, alias
 from optax_lowrank.rules import OfRule, Rule, Turn, chained, of_rule, wide
 from optax_lowrank.walls import when
@@ -128,8 +128,8 @@ class _Fisher:
             return jax.tree.map(jnp.zeros_like, state)
         rotate = lambda *stored: self.encode(turn(self.decode(*stored)), state.history.dtype)
         stored = jax.vmap(rotate)(state.history, state.row_scale)
-        H = self.decode(*stored).reshape(self.history, -1)
-        return WoodburyFisherState(*stored, matmul(H, H.T).astype(state.gram.dtype))
+        H = self.decode(*stored)
+        return WoodburyFisherState(*stored, _inner(H, H).astype(state.gram.dtype))
 
     def step(self, R, columns, state, *, count, finite=True, **extra):
         del columns, extra
@@ -142,7 +142,7 @@ class _Fisher:
         push = lambda stored: jax.tree.map(put, stored, code)
         stored, unit = when(count >= 0, push, (state.history, state.row_scale))
         H, g = self.decode(stored, unit), self.decode(*code)
-        row = matmul(H.reshape(self.history, -1), g.reshape(-1, 1))[:, 0]
+        row = _inner(H, g[None])[:, 0]
         gram = put(put(state.gram, row), row, axis=1)
         weights = _weights(gram, slot, self.damping, self.relative_damping)
         # a sum of s terms is one pass over H; a product of a row with a matrix is several times slower
@@ -151,6 +151,12 @@ class _Fisher:
             norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
             out = out * norm(R) / jnp.where(norm(out) > 0, norm(out), 1)  # out = 0 where R = 0
         return out.astype(R.dtype), None, WoodburyFisherState(stored, unit, gram)
+
+
+def _inner(H, G):
+    """⟨H_i, G_j⟩; flattened, sharded arrays would be gathered."""
+    axes = tuple(range(1, H.ndim))
+    return jnp.tensordot(H, G, (axes, axes), precision=lax.Precision.HIGHEST)
 
 
 def _weights(gram, slot, damping, relative):
