@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 
@@ -154,6 +155,16 @@ def cross_entropy(
     return jax.lax.scan(add, jnp.zeros([]), (x, targets))[0] / count
 
 
+def over_data(x: Array) -> Array:
+    """x (batch, …), its batch along the axis `data` of the mesh, where one is set.
+
+    Weights are split over `data` too, and without this the compiler may move the batch instead of a weight.
+    """
+    if "data" not in jax.sharding.get_abstract_mesh().axis_names:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
+
+
 class SwiGLU(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.gate_proj = linear(config.hidden, config.ffn, config, rngs)
@@ -173,7 +184,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        return over_data(x + self.mlp(self.mlp_norm(x)))
 
 
 def blocks(config: LlamaConfig, rngs: nnx.Rngs) -> Iterator[Block]:
@@ -215,7 +226,7 @@ class Llama(nnx.Module):
 
     def hidden(self, tokens: Array) -> Array:
         """What the layers make of the tokens, (batch, time, hidden)."""
-        x = self.embed(tokens)
+        x = over_data(self.embed(tokens))
         for layer in self.layers:
             x = layer(x)
         return x

@@ -9,6 +9,8 @@
     python examples/pretrain_llama.py --size 1b --tokenizer bpe --vocab-size 32000 --memory
     python examples/pretrain_llama.py --size 7b --layerwise --state-bits 8     # within 24 GB
     python examples/pretrain_llama.py --size 7b --layerwise --state-bits 8 --compile-only --target rtx4090
+    python examples/pretrain_llama.py --size 1b --mesh data=4,model=2          # eight devices
+    python examples/pretrain_llama.py --size 1b --distributed                  # a TPU pod, or srun under Slurm
 
 In `--out` it leaves `metrics.jsonl` (one JSON object a line), `checkpoints/`, `loss.png`, `ranks.png` and
 `result.json`.  The matrices of the layers have the optimizer's learning rate `--lr`; embedding, head and
@@ -18,6 +20,9 @@ norms have AdamW at `--dense-lr`, because a rate that `--scale` reduces in the s
 the same steps, except that `--clip` clips each layer, and what is around the layers, by its own norm.  All
 optimizers but contrib-galore do this, and all options but two: `--compact-every`, as all layers of a stack have
 the same shapes, and `--accumulate` where the sums would be gradients of all layers (fira and the baselines).
+
+`--mesh` trains on several devices, `--distributed` or `--coordinator` in several processes, which share `--out`;
+`devices.py` says what lies where.  A checkpoint of any mesh and number of processes is continued by any other.
 """
 
 import os
@@ -37,13 +42,13 @@ import dataclasses
 import functools
 import inspect
 import json
-import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import devices
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
@@ -53,6 +58,7 @@ import optax.contrib
 import orbax.checkpoint as ocp
 import smollm2
 import text
+from devices import Places
 from llama import SIZES, LlamaConfig, abstract_llama
 from steps import LayerWise, TrainState, Whole, apply_nearest, loss_fn as loss_fn, peak_bytes
 from tqdm import tqdm
@@ -73,8 +79,12 @@ ONLY_LOOK = {
     "compile_only",
     "target",
 }  # options that stop before the first step
-MAY_BE_ZERO = {"seed", "resume", "layerwise", *ONLY_LOOK}
-MAY_CHANGE_ON_RESUME = {"out", "resume", "eval_every", "checkpoint_every", *ONLY_LOOK}
+MAY_BE_ZERO = {"seed", "resume", "layerwise", "distributed", "process_id", *ONLY_LOOK}
+MAY_CHANGE_ON_RESUME = {
+    *("out", "resume", "eval_every", "checkpoint_every"),
+    *ONLY_LOOK,
+    *devices.OPTIONS,
+}
 
 
 # ---------------------------------------------------------------------------------------------------- options
@@ -181,6 +191,7 @@ def parser() -> argparse.ArgumentParser:
         default="cpu",
         help="of --compile-only, no such device is needed: cpu, rtx4090, h100, or a TPU topology such as v5e:2x2",
     )
+    devices.add_options(p)
     return p
 
 
@@ -211,6 +222,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.out = args.out or Path("runs") / f"{args.optimizer}-{args.size}"
     if args.batch_size % args.accumulate:
         p.error(f"--accumulate {args.accumulate} must divide --batch-size {args.batch_size}")
+    devices.check(p, args)
     if args.layerwise and args.compact_every:
         p.error("--compact-every: with --layerwise all layers of the stack have the same ranks")
     if args.layerwise and args.optimizer == "contrib-galore":
@@ -369,14 +381,23 @@ def make_step(args: argparse.Namespace, config: LlamaConfig) -> Whole:
     return (LayerWise if args.layerwise else Whole)(config, make_optimizer(args), apply)
 
 
-def first_params(args: argparse.Namespace, config: LlamaConfig, step: Whole) -> Any:
+def first_state(
+    args: argparse.Namespace, config: LlamaConfig, step: Whole, places: Places | None
+) -> TrainState:
     if args.init:
-        return step.place(smollm2.llama_params(smollm2.read_tensors(), config))
-    return step.init_params(args.seed)
+        params = step.place(smollm2.llama_params(smollm2.read_tensors(), config))
+        params = devices.put(params, places.params) if places else params
+    elif places:  # each device makes its part: no device needs room for all
+        make = functools.partial(step.init_params, args.seed)
+        params = jax.jit(make, out_shardings=places.params)()
+    else:
+        params = step.init_params(args.seed)
+    place = {"out_shardings": places.opt_state} if places else {}
+    return TrainState(params, jax.jit(step.init, **place)(params))
 
 
 def compile_step(
-    args: argparse.Namespace, step: Whole, state: TrainState, sharding: Any = None
+    args: argparse.Namespace, step: Whole, state: TrainState, places: Places | None
 ) -> Any:
     """The training step, compiled ahead of time: it cannot retrace, and reuses the state's buffers."""
 
@@ -389,26 +410,38 @@ def compile_step(
 
     rows = args.batch_size // args.accumulate
     tokens = jax.ShapeDtypeStruct((rows, args.seq_len + 1), jnp.int32)
-    place = {"in_shardings": sharding, "out_shardings": sharding} if sharding else {}
+    place: dict[str, Any] = {}
+    if places:
+        kept = TrainState(places.params, places.opt_state)
+        place["in_shardings"] = kept, places.batch, places.scalar
+        place["out_shardings"] = kept, places.scalar
     compiled = jax.jit(train_step, donate_argnums=0, **place)
     return compiled.lower(state, tokens, jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
 class Metrics:
-    """`metrics.jsonl`: appended to as the run goes, cut back to the checkpoint on resume."""
+    """`metrics.jsonl`: appended to as the run goes, cut back to the checkpoint on resume.
+
+    All processes have the records, and the first one writes them.
+    """
 
     def __init__(self, file: Path, step: int):
         lines = file.read_text().splitlines() if file.exists() else []
         self.records = [record for record in map(json.loads, lines) if record["step"] <= step]
         self.file = file
         self.start = time.perf_counter() - (self.records[-1]["elapsed_s"] if self.records else 0.0)
-        file.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        if devices.is_first():
+            # whole or not at all, whoever reads it or dies meanwhile
+            new = file.with_suffix(".new")
+            new.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            new.replace(file)
 
     def add(self, **record: Any) -> None:
         record["elapsed_s"] = time.perf_counter() - self.start
         self.records.append(record)
-        with self.file.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        if devices.is_first():
+            with self.file.open("a") as out:
+                out.write(json.dumps(record) + "\n")
 
     def series(self, key: str) -> tuple[list[int], list[Any]]:
         chosen = [record for record in self.records if key in record]
@@ -440,78 +473,152 @@ def checkpoints(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler)
 
 
-def restore(manager: ocp.CheckpointManager, step: Whole, params: Any) -> TrainState:
-    """The last checkpoint."""
+def restore(manager: ocp.CheckpointManager, step: Whole, places: Places | None) -> TrainState:
+    """The last checkpoint, wherever it lay when it was written."""
     last = manager.latest_step()
     saved = manager.item_metadata(last)["opt_state"]
-    shapes = TrainState(params, step.like(params, saved))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    kept = TrainState(places.params, places.opt_state) if places else here
+    shapes = jax.tree.map(
+        lambda sharding, of: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), of
+        ),
+        kept,
+        TrainState(step.shapes, step.like(saved)),
+    )
     return manager.restore(last, args=ocp.args.StandardRestore(shapes))
 
 
-def train(args: argparse.Namespace, config: LlamaConfig, tokens: text.Tokens) -> Metrics:
+class Progress:
+    """Losses since the last look at the device, which waits for it, and the progress bar."""
+
+    def __init__(self, metrics: Metrics, args: argparse.Namespace, first: int):
+        self.metrics, self.tokens = metrics, args.batch_size * args.seq_len
+        self.losses: list[jax.Array] = []  # they stay on the device until the next look
+        self.clock = time.perf_counter()
+        hide = None if devices.is_first() else True  # None: shown on a terminal only
+        self.bar = tqdm(total=args.steps, initial=first, disable=hide)
+
+    def look(self, step: int, state_bytes: int) -> None:
+        losses = jax.device_get(self.losses)
+        seconds = (time.perf_counter() - self.clock) / len(losses)
+        common = {"step_ms": 1e3 * seconds, "state_bytes": state_bytes}
+        for at, value in enumerate(losses, step - len(losses) + 1):
+            self.metrics.add(step=at, loss=float(value), **common)
+        speed = f"{self.tokens / seconds:,.0f} tokens/s, {1e3 * seconds:.0f} ms"
+        self.bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed}")
+        self.bar.update(len(losses))
+
+    def go_on(self) -> None:
+        self.losses, self.clock = [], time.perf_counter()
+
+
+def train(
+    args: argparse.Namespace,
+    config: LlamaConfig,
+    tokens: text.Tokens,
+    mesh: jax.sharding.Mesh | None,
+) -> Metrics:
     """Run from the first step, or the last checkpoint, to `--steps` or Ctrl-C."""
     one_step = make_step(args, config)
-    shape = (args.batch_size, args.seq_len)
-    params = first_params(args, config, one_step)
-    valid_loss = jax.jit(one_step.loss)
-    valid = tokens.valid_batches(args.eval_batches, *shape)
-
-    with checkpoints(args.out / "checkpoints") as manager, stop_signal() as stop:
+    places = devices.places(one_step, mesh)
+    with (
+        checkpoints(args.out / "checkpoints") as manager,
+        stop_signal() as stop,
+        devices.within(mesh),
+    ):
         first = manager.latest_step() or 0
-        begin = lambda: TrainState(params, jax.jit(one_step.init)(params))
-        state = restore(manager, one_step, params) if first else begin()
-        del params  # or they would live on beside those that are trained
+        begin = lambda: first_state(args, config, one_step, places)
+        state = restore(manager, one_step, places) if first else begin()
         metrics = Metrics(args.out / "metrics.jsonl", first)
-        train_step = compile_step(args, one_step, state)
-
-        def evaluate(step: int) -> None:
-            loss = float(np.mean([valid_loss(state.params, batch) for batch in valid]))
-            metrics.add(step=step, valid_loss=loss)
-            if bases := jax.device_get(one_step.diagnostics(state.opt_state)):
-                metrics.add(step=step, bases={path: as_lists(d) for path, d in bases.items()})
-            tqdm.write(f"step {step:6d}   validation loss {loss:.4f}", file=sys.stdout)
-
+        evaluate = evaluation(args, one_step, tokens, metrics, places)
+        train_step = compile_step(args, one_step, state, places)
         if not metrics.records:
-            evaluate(0)
-        bar = tqdm(total=args.steps, initial=first, disable=None)  # None: only on a terminal
-        losses, clock = [], time.perf_counter()  # the losses stay on the device until the next look
+            evaluate(0, state)
+        progress = Progress(metrics, args, first)
         for step in range(first + 1, args.steps + 1):
-            micro_batches = np.split(tokens.batch(args.seed, step, *shape), args.accumulate)
             loss = 0.0
-            for batch in micro_batches:
+            for batch in micro_batches(args, tokens, step, places):
                 state, part = train_step(state, batch, np.int32(step))
                 loss += part / args.accumulate
-            losses.append(loss)
-            last = step == args.steps or bool(stop)
-            due_eval = step % args.eval_every == 0 or step == args.steps
-            due_save = step % args.checkpoint_every == 0 or last
-            due_compact = args.compact_every and step % args.compact_every == 0
-            if not (due_eval or due_save or due_compact or step % LOG_EVERY == 0):
+            progress.losses.append(loss)
+            due = due_after(args, step, bool(stop))
+            if not due:
                 continue
-            losses = jax.device_get(losses)
-            seconds = (time.perf_counter() - clock) / len(losses)
-            for at, value in enumerate(losses, step - len(losses) + 1):
-                size = state_bytes(state.opt_state)
-                metrics.add(step=at, loss=float(value), step_ms=1e3 * seconds, state_bytes=size)
-            speed = f"{math.prod(shape) / seconds:,.0f} tokens/s, {1e3 * seconds:.0f} ms"
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed}")
-            bar.update(len(losses))
-            if due_eval:
-                evaluate(step)
-            if due_compact:
-                smaller = optax_lowrank.compact(
-                    one_step.tx, state.opt_state, state.params, HEADROOM, multiple_of=HEADROOM
-                )
-                if smaller is not state.opt_state:
-                    state = state._replace(opt_state=smaller)
-                    train_step = compile_step(args, one_step, state)
-            if due_save:
+            progress.look(step, state_bytes(state.opt_state))
+            if "eval" in due:
+                evaluate(step, state)
+            if "compact" in due:
+                smaller = compacted(one_step, state, places)
+                if smaller is not state:
+                    state = smaller
+                    train_step = compile_step(args, one_step, state, places)
+            if "save" in due:
                 manager.save(step, args=ocp.args.StandardSave(state))
-            if last:
+            if "stop" in due:
                 break
-            losses, clock = [], time.perf_counter()
-        bar.close()
+            progress.go_on()
+        progress.bar.close()
     return metrics
+
+
+def due_after(args: argparse.Namespace, step: int, stop: bool) -> set[str]:
+    """What is to be done after this step, the same in all processes; empty: nothing, not even a look at losses."""
+    end = step == args.steps
+    due = {
+        "look": step % LOG_EVERY == 0,
+        "eval": step % args.eval_every == 0 or end,
+        "save": step % args.checkpoint_every == 0 or end,
+        "compact": bool(args.compact_every) and step % args.compact_every == 0,
+    }
+    if jax.process_count() > 1:  # to agree on a stop costs a message: only where they wait anyway
+        stop = any(due.values()) and devices.in_any_process(stop)
+    if stop or end:
+        due |= {"save": True, "stop": True}
+    return {name for name, is_due in due.items() if is_due}
+
+
+def micro_batches(
+    args: argparse.Namespace, tokens: text.Tokens, step: int, places: Places | None
+) -> list[Any]:
+    batch = tokens.batch(args.seed, step, args.batch_size, args.seq_len)
+    parts = np.split(batch, args.accumulate)
+    return [devices.put(part, places.batch) for part in parts] if places else parts
+
+
+def evaluation(
+    args: argparse.Namespace,
+    one_step: Whole,
+    tokens: text.Tokens,
+    metrics: Metrics,
+    places: Places | None,
+) -> Callable[[int, TrainState], None]:
+    """What adds validation loss and bases to the metrics."""
+    valid = tokens.valid_batches(args.eval_batches, args.batch_size, args.seq_len)
+    batches = [devices.put(batch, places.batch) for batch in valid] if places else valid
+    valid_loss = jax.jit(one_step.loss, **({"out_shardings": places.scalar} if places else {}))
+
+    def evaluate(step: int, state: TrainState) -> None:
+        loss = float(np.mean([valid_loss(state.params, batch) for batch in batches]))
+        metrics.add(step=step, valid_loss=loss)
+        if bases := jax.device_get(one_step.diagnostics(state.opt_state)):
+            metrics.add(step=step, bases={path: as_lists(d) for path, d in bases.items()})
+        if devices.is_first():
+            tqdm.write(f"step {step:6d}   validation loss {loss:.4f}", file=sys.stdout)
+
+    return evaluate
+
+
+def compacted(one_step: Whole, state: TrainState, places: Places | None) -> TrainState:
+    """Without the columns that no basis uses; `state` itself where there are none."""
+    smaller = optax_lowrank.compact(
+        one_step.tx, state.opt_state, state.params, HEADROOM, multiple_of=HEADROOM
+    )
+    if smaller is state.opt_state:
+        return state
+    return state._replace(
+        opt_state=jax.device_put(smaller, places.opt_state) if places else smaller
+    )
 
 
 def state_bytes(opt_state: optax.OptState) -> int:
@@ -557,13 +664,13 @@ def compiled_peak(args: argparse.Namespace, config: LlamaConfig) -> int | None:
 
     step = make_step(args, config)
     try:
-        sharding = targets.placement(args.target)
+        places = Places(*[targets.placement(args.target)] * 4)
     except targets.Missing as missing:
         print(missing)
         return None
     start = time.perf_counter()
     state = TrainState(step.shapes, jax.eval_shape(step.init, step.shapes))
-    compiled = compile_step(args, step, state, sharding)
+    compiled = compile_step(args, step, state, places)
     peak = peak_bytes(compiled)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     way = "layer-wise" if args.layerwise else "whole gradient"
@@ -608,12 +715,54 @@ def plot_ranks(metrics: Metrics, title: str, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def say(text: str) -> None:
+    if devices.is_first():
+        print(text)
+
+
+def read_tokens(args: argparse.Namespace, config: LlamaConfig) -> text.Tokens:
+    """Those of the corpus, and of its tokenizer, which the first process trains or writes, in `--out`."""
+    corpus = text.read_corpus(args.corpus)
+    args.out.mkdir(parents=True, exist_ok=True)
+    bpe_file = None if args.tokenizer == "bytes" else args.out / "tokenizer.json"
+    trained = bool(args.resume or args.init or not devices.is_first())
+    with devices.first_one_first("tokenizer"):
+        if args.init and devices.is_first():
+            smollm2.tokenizer(smollm2.read_metadata()).save(str(bpe_file))
+        return text.tokenize(corpus, args.seq_len, config.vocab, bpe_file, trained)
+
+
+def finish(args: argparse.Namespace, result: dict[str, Any], metrics: Metrics) -> None:
+    """Fill in the result of a finished run, write and plot it."""
+    result |= {
+        "finished": True,
+        "valid_loss": metrics.series("valid_loss")[1][-1],
+        "mean_state_bytes": float(np.mean(metrics.series("state_bytes")[1])),
+        "step_ms": float(np.mean(metrics.series("step_ms")[1])),
+        "wall_s": metrics.records[-1]["elapsed_s"],
+    }
+    if not devices.is_first():
+        return
+    (args.out / "result.json").write_text(json.dumps(result, indent=2))
+    title = f"Llama {args.size}, {args.optimizer}"
+    plot(metrics, title, args.out / "loss.png")
+    if metrics.series("bases")[0]:
+        plot_ranks(metrics, title, args.out / "ranks.png")
+    mean = result["mean_state_bytes"]
+    state = f"state {mean:,.0f} bytes on average ({mean / result['adamw_bytes']:.0%} of AdamW)"
+    print(
+        f"{args.optimizer}: validation loss {result['valid_loss']:.4f}, {state}, "
+        f"{result['wall_s']:.0f} s; see {args.out / 'loss.png'}"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train as the options say; returns what `result.json` holds."""
     args = parse(argv)
+    devices.connect(args)
     config = model_config(args)
     memory = optax_lowrank.memory_report(make_optimizer(args), abstract_llama(config)[1])
-    print(f"Llama {args.size}, {args.optimizer}, learning rate {args.lr:g}\n\n{memory}\n")
+    say(f"Llama {args.size}, {args.optimizer}, learning rate {args.lr:g}\n\n{memory}\n")
     result = {
         "settings": settings(args),
         "parameter_bytes": memory.parameters,
@@ -622,45 +771,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "finished": False,
     }
     if args.memory:
-        print(memory_plan(args, config))
+        say(str(memory_plan(args, config)))
         return result
     if args.compile_only:
         result["peak_bytes"] = compiled_peak(args, config)
         return result
 
     check_out(args)
-    corpus = text.read_corpus(args.corpus)
-    args.out.mkdir(parents=True, exist_ok=True)
-    bpe_file = None if args.tokenizer == "bytes" else args.out / "tokenizer.json"
-    if args.init:
-        smollm2.tokenizer(smollm2.read_metadata()).save(str(bpe_file))
-    trained = bool(args.resume or args.init)
-    tokens = text.tokenize(corpus, args.seq_len, config.vocab, bpe_file, trained)
-    (args.out / "settings.json").write_text(json.dumps(settings(args), indent=2))
-    metrics = train(args, config, tokens)
+    mesh = devices.make_mesh(args.mesh, args.batch_size // args.accumulate)
+    devices.wait_for_all("checked")  # or one would find the settings that the first one writes
+    tokens = read_tokens(args, config)
+    if devices.is_first():
+        (args.out / "settings.json").write_text(json.dumps(settings(args), indent=2))
+    metrics = train(args, config, tokens, mesh)
     step = metrics.records[-1]["step"]
     if step < args.steps:
-        print(f"Stopped and saved after step {step}. The same command with --resume continues it.")
-        return result
-
-    result |= {
-        "finished": True,
-        "valid_loss": metrics.series("valid_loss")[1][-1],
-        "mean_state_bytes": float(np.mean(metrics.series("state_bytes")[1])),
-        "step_ms": float(np.mean(metrics.series("step_ms")[1])),
-        "wall_s": metrics.records[-1]["elapsed_s"],
-    }
-    (args.out / "result.json").write_text(json.dumps(result, indent=2))
-    title = f"Llama {args.size}, {args.optimizer}"
-    plot(metrics, title, args.out / "loss.png")
-    if metrics.series("bases")[0]:
-        plot_ranks(metrics, title, args.out / "ranks.png")
-    mean = result["mean_state_bytes"]
-    state = f"state {mean:,.0f} bytes on average ({mean / memory.adamw:.0%} of AdamW)"
-    print(
-        f"{args.optimizer}: validation loss {result['valid_loss']:.4f}, {state}, "
-        f"{result['wall_s']:.0f} s; see {args.out / 'loss.png'}"
-    )
+        say(f"Stopped and saved after step {step}. The same command with --resume continues it.")
+    else:
+        finish(args, result, metrics)
     return result
 
 

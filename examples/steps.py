@@ -5,15 +5,17 @@ one of them at a time, so that no more than one layer's gradients and activation
 all gradients together, as clipping by the global norm does, it sees a layer, or everything around the layers, instead.
 """
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from llama import Block, Llama, LlamaConfig, abstract_llama, init_params, init_stacked
 
 import optax_lowrank
@@ -68,9 +70,13 @@ class Whole:
     def init(self, params: nnx.State) -> optax.OptState:
         return self.tx.init(params)
 
-    def like(self, params: nnx.State, saved: Any) -> optax.OptState:
+    def like(self, saved: Any) -> optax.OptState:
         """Shapes of the optimizer state of a checkpoint, whatever ranks it was compacted to."""
-        return optax_lowrank.abstract_state(self.tx, params, saved)
+        return optax_lowrank.abstract_state(self.tx, self.shapes, saved)
+
+    def state_shardings(self, params: Any) -> optax.OptState:
+        """Where the optimizer state lies, given the shardings of the parameters."""
+        return optax_lowrank.state_shardings(self.tx, self.shapes, params)
 
     def loss(self, params: nnx.State, tokens: jax.Array) -> jax.Array:
         return loss_fn(self.graph, params, tokens)
@@ -86,6 +92,14 @@ class Whole:
         return optax_lowrank.diagnostics(opt_state)
 
 
+@contextlib.contextmanager
+def nothing_projected() -> Iterator[None]:
+    """Without the warning that an optimizer projects nothing, which of what is around the layers is meant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 class LayerWise(Whole):
     """Each layer is updated as soon as its gradient is known; parameters and state are `Parts`."""
 
@@ -97,8 +111,9 @@ class LayerWise(Whole):
         ends = lambda: Llama(dataclasses.replace(config, layers=0), rngs=nnx.Rngs(0))
         graphs = [nnx.split(nnx.eval_shape(make), nnx.Param) for make in (layer, ends)]
         self.graphs = Parts(*(graph for graph, _ in graphs))
+        self.layer_shapes = graphs[0][1]
         stacked = lambda x: jax.ShapeDtypeStruct((config.layers, *x.shape), x.dtype)
-        self.shapes = Parts(jax.tree.map(stacked, graphs[0][1]), graphs[1][1])
+        self.shapes = Parts(jax.tree.map(stacked, self.layer_shapes), graphs[1][1])
 
     def init_params(self, seed: int) -> Parts:
         return Parts(*init_stacked(self.config, seed))
@@ -110,14 +125,23 @@ class LayerWise(Whole):
         return Parts(as_in(self.shapes.layers, stacked), as_in(self.shapes.ends, ends))
 
     def init(self, params: Parts) -> Parts:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it projects nothing of the ends is meant
+        with nothing_projected():
             ends = self.tx.init(params.ends)
         return Parts(jax.vmap(self.tx.init)(params.layers), ends)
 
-    def like(self, params: Parts, saved: Any) -> Parts:
+    def like(self, saved: Any) -> Parts:
         del saved
-        return jax.eval_shape(self.init, params)
+        return jax.eval_shape(self.init, self.shapes)
+
+    def state_shardings(self, params: Parts) -> Parts:
+        with_axes = lambda tree, change: jax.tree.map(
+            lambda x: NamedSharding(x.mesh, PartitionSpec(*change(x.spec))), tree
+        )
+        layer = with_axes(params.layers, lambda spec: spec[1:])
+        state = optax_lowrank.state_shardings(self.tx, self.layer_shapes, layer)
+        with nothing_projected():
+            ends = optax_lowrank.state_shardings(self.tx, self.shapes.ends, params.ends)
+        return Parts(with_axes(state, lambda spec: (None, *spec)), ends)
 
     def embed(self, ends: nnx.State, tokens: jax.Array) -> jax.Array:
         return nnx.merge(self.graphs.ends, ends).hidden(tokens[:, :-1])
