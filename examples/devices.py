@@ -158,22 +158,24 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
 
     `model` takes the larger of a matrix's two axes that it divides, the last of two equal ones, and `data` the larger
     of those left.  So gate and up projections are split by columns and down projections by rows, over the inner width,
-    and embedding and head over the vocabulary.  A leading axis of stacked layers is not split, as a scan goes along it.
+    and embedding and head over the vocabulary.  Of two equal axes `o_proj` has the first one split, as it takes what
+    q, k and v have split by columns.  Stacked layers are not split along the stack, since a scan goes along it.
     """
 
     def place(path: tuple[Any, ...], x: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not ("kernel" in name or "embedding" in name):
-            return NamedSharding(mesh, PartitionSpec())
         spec: list[str | None] = [None] * x.ndim
-        for axis_of_mesh in reversed(AXES):
-            free = [
-                (x.shape[axis], axis)
-                for axis in (x.ndim - 2, x.ndim - 1)
-                if spec[axis] is None and x.shape[axis] % mesh.shape[axis_of_mesh] == 0
-            ]
-            if free and mesh.shape[axis_of_mesh] > 1:
-                spec[max(free)[1]] = axis_of_mesh
+        if "kernel" in name or "embedding" in name:
+            free = sorted((x.ndim - 2, x.ndim - 1), reverse="o_proj" not in name)
+            free.sort(
+                key=lambda axis: -x.shape[axis]
+            )  # stable: the order above holds for equal ones
+            for of_mesh in ("model", "data"):
+                size = mesh.shape[of_mesh]
+                divided = [axis for axis in free if size > 1 and x.shape[axis] % size == 0]
+                if divided:
+                    spec[divided[0]] = of_mesh
+                    free.remove(divided[0])
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(place, params)

@@ -1,0 +1,263 @@
+"""Several devices and processes: losses of one device, checkpoints that any number of processes continues."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import devices
+import pretrain_llama
+import text
+
+from .helpers import compilation_cache
+
+EXAMPLES = Path(pretrain_llama.__file__).parent
+STEPS = 14
+TINY = [
+    *("--size=tiny", "--optimizer=galore", "--fit=svd"),  # those that compile soonest
+    *("--batch-size=4", "--seq-len=16", f"--steps={STEPS}"),
+    *("--eval-every=6", "--eval-batches=2", "--checkpoint-every=4", "--clip=0"),
+    "--update-proj-gap=5",  # refits at steps 0, 5 and 10: on both sides of each stop
+]
+# Sums over devices are taken in another order, and a refit amplifies that.
+TOLERANCE = 1e-4
+TIMEOUT_S = 200  # of two processes, which take 15 where nothing else runs
+UP = "layers/0/mlp/up_proj/kernel"
+# A training process that gets a signal while it draws the batch of a step.
+CHILD = """
+import os, sys
+import pretrain_llama, text
+
+def draw_and_signal(tokens, seed, at, *shape):
+    if at == step:
+        os.kill(os.getpid(), number)
+    return draw(tokens, seed, at, *shape)
+
+step, number = map(int, sys.argv[1:3])
+draw, text.Tokens.batch = text.Tokens.batch, draw_and_signal
+pretrain_llama.main(sys.argv[3:])
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory) -> Iterator[None]:
+    with compilation_cache(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> list[str]:
+    corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    corpus.write_text(text.read_corpus()[:60_000], encoding="utf-8")
+    return [*TINY, f"--corpus={corpus}"]
+
+
+def losses(out: Path) -> dict[int, float]:
+    """Of training by step, and under −step of validation."""
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    keys = {"loss": 1, "valid_loss": -1}
+    return {sign * r["step"]: r[key] for r in records for key, sign in keys.items() if key in r}
+
+
+@contextlib.contextmanager
+def interrupted_after(step: int) -> Iterator[None]:
+    """Ctrl-C while the batch of this step is drawn."""
+
+    def draw_and_interrupt(tokens, seed, at, *shape):
+        if at == step:
+            signal.raise_signal(signal.SIGINT)
+        return draw(tokens, seed, at, *shape)
+
+    draw = text.Tokens.batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text.Tokens, "batch", draw_and_interrupt)
+        yield
+
+
+def assert_close(got: dict[int, float], want: dict[int, float]) -> None:
+    assert got.keys() == want.keys()
+    for step, loss in want.items():
+        assert got[step] == pytest.approx(loss, rel=TOLERANCE), step
+
+
+# -------------------------------------------------------------------------------------------- several devices
+
+
+def test_matrices_are_split_over_both_axes_and_their_state_with_them():
+    args = pretrain_llama.parse(TINY)
+    step = pretrain_llama.make_step(args, pretrain_llama.model_config(args))
+    places = devices.places(step, devices.make_mesh({"data": 4, "model": 2}, rows=4))
+    specs = {
+        jax.tree_util.keystr(path[:-1], simple=True, separator="/"): sharding.spec
+        for path, sharding in jax.tree.leaves_with_path(places.params)
+    }
+    by_columns, by_rows = P("data", "model"), P("model", "data")
+    for part in ("attention/q_proj", "attention/k_proj", "mlp/up_proj", "mlp/gate_proj"):
+        assert specs[f"layers/0/{part}/kernel"] == by_columns
+    for part in ("attention/o_proj", "mlp/down_proj"):
+        assert specs[f"layers/0/{part}/kernel"] == by_rows
+    assert (specs["embed/embedding"], specs["lm_head/kernel"]) == (by_rows, by_columns)
+    assert specs["norm/scale"] == P(None)
+    up = places.opt_state.direction.inner_states["matrix"].inner_state.leaves[UP]
+    assert (up.basis.spec, up.rule.mu.spec) == (P(None, "data", None), P(None, None, "model"))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "more"),
+    [("model=8", ["--layerwise", "--accumulate=2"]), ("data=4", ["--optimizer=adamw"])],
+    ids=["layerwise", "adamw"],
+)
+def test_a_mesh_has_the_losses_of_one_device(mesh, more, options, tmp_path):
+    curves = []
+    for name, where in [("one", []), ("mesh", [f"--mesh={mesh}"])]:
+        pretrain_llama.main([*options, *more, *where, f"--out={tmp_path / name}"])
+        curves.append(losses(tmp_path / name))
+    assert_close(curves[1], curves[0])
+
+
+def test_compaction_on_a_mesh_changes_no_loss(options, tmp_path):
+    """After the last refit, so that the columns that go would have stayed empty."""
+    adaptive = [*options, "--optimizer=adarankgrad", "--rank=24"]
+    pretrain_llama.main([*adaptive, f"--out={tmp_path / 'one'}"])
+    more = ["--mesh=data=4,model=2", "--compact-every=12", f"--out={tmp_path / 'mesh'}"]
+    result = pretrain_llama.main([*adaptive, *more])
+    assert result["mean_state_bytes"] < result["state_bytes"]
+    assert_close(losses(tmp_path / "mesh"), losses(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--mesh=rows=2"], "'rows=2': write it as data=4,model=2"),
+        (["--mesh=data=0"], "write it as"),
+        (["--mesh=data=16"], "--mesh data=16,model=1 is 16 devices; JAX finds 8"),
+        (["--mesh=data=8"], "data must divide the 4 rows"),
+        (["--coordinator=localhost:1234"], "--coordinator, --num-processes and --process-id go"),
+        (["--mesh=data=2", "--compile-only"], "--compile-only compiles for one device"),
+    ],
+)
+def test_mistakes_are_explained(more, message, options, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        pretrain_llama.main([*options, *more, f"--out={tmp_path / 'run'}"])
+    assert message in f"{error.value} {capsys.readouterr().err}"
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------ several processes
+
+
+class Ended(NamedTuple):
+    """Exit codes and output of two processes."""
+
+    codes: list[int]
+    said: list[str]
+
+
+def in_two_processes(
+    out: Path, arguments: list[str], step: int = 0, number: signal.Signals = signal.SIGKILL
+) -> Ended:
+    """A run in two processes of two devices each; the second one gets a signal at `step`, if there is such a step.
+
+    Where one dies, the other is killed, as a scheduler does.
+    """
+    flags = ["--xla_force_host_platform_device_count=2", "--xla_backend_optimization_level=0"]
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)]),
+        "XLA_FLAGS": " ".join(flags),
+        "JAX_PLATFORMS": "cpu",
+    }
+    with reserved_port() as port, contextlib.ExitStack() as stack:
+        processes, logs = [], []
+        for i in range(2):
+            logs.append(out.with_name(f"{out.name}-{i}.log"))
+            to = stack.enter_context(logs[i].open("w"))
+            at = step if i == 1 else 0
+            command = [sys.executable, "-c", CHILD, str(at), str(int(number)), *arguments]
+            command += [f"--coordinator=127.0.0.1:{port}", "--num-processes=2", f"--process-id={i}"]
+            process = subprocess.Popen(
+                [*command, f"--out={out}", "--mesh=data=2,model=2"],
+                env=os.environ | environment,
+                stdout=to,
+                stderr=subprocess.STDOUT,
+            )
+            processes.append(process)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        wait_for_one_that_failed_or_all(processes)
+        for process in processes:
+            process.kill()
+        codes = [process.wait() for process in processes]
+    return Ended(codes, [log.read_text() for log in logs])
+
+
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that nobody else is given: it is bound here, and the coordinator may share it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def wait_for_one_that_failed_or_all(processes: list[subprocess.Popen]) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < end:
+        codes = [process.poll() for process in processes]
+        if any(codes) or None not in codes:
+            return
+        time.sleep(0.1)
+
+
+def upto(step: int, curve: dict[int, float]) -> dict[int, float]:
+    return {at: loss for at, loss in curve.items() if abs(at) <= step}
+
+
+@pytest.mark.timeout(600)  # on a machine that does much else
+def test_a_run_goes_from_two_processes_to_one_and_back(options, tmp_path):
+    """Begun by two, of which one is killed; continued by one and stopped there; finished by two."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    pretrain_llama.main([*options, f"--out={whole}"])
+    one_device = losses(whole)
+
+    killed = in_two_processes(out, options, 7, signal.SIGKILL)
+    assert killed.codes[1] == -signal.SIGKILL, killed.said[1]
+    assert_close(losses(out), upto(6, one_device))
+
+    with interrupted_after(10):
+        assert not pretrain_llama.main([*options, "--resume", f"--out={out}"])["finished"]
+    assert_close(losses(out), upto(10, one_device))
+
+    finished = in_two_processes(out, [*options, "--resume"])
+    assert finished.codes == [0, 0], finished.said
+    assert_close(losses(out), one_device)
+    result = json.loads((out / "result.json").read_text())
+    assert result["finished"]
+    assert result["valid_loss"] == losses(out)[-STEPS]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    first, second = finished.said
+    assert "validation loss" in first
+    assert [line for line in second.splitlines() if "Gloo" not in line] == []
+
+
+def test_processes_agree_on_a_stop_where_all_of_them_wait(monkeypatch):
+    """A signal reaches the other one, which stops after the same step, and saves."""
+    args = pretrain_llama.parse(TINY)
+    assert pretrain_llama.due_after(args, 7, stop=True) == {"save", "stop"}
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(devices, "in_any_process", lambda stop: True)
+    assert pretrain_llama.due_after(args, 7, stop=True) == set()
+    assert pretrain_llama.due_after(args, 8, stop=False) == {"save", "stop"}
