@@ -14,7 +14,7 @@ import functools
 import time
 from pathlib import Path
 
-from benchmarks import compiling, fisher, fits, memory, steps, targets
+from benchmarks import compiling, exchange, fisher, fits, memory, steps, targets
 from benchmarks.processes import HINT, torch_python
 from benchmarks.tables import Options, Table, machine
 
@@ -28,6 +28,7 @@ TABLES = {
     "temporaries": memory.temporaries,
     "state": memory.state,
     "fisher": fisher.fisher,
+    "exchange": exchange.exchange,
 }
 RESULTS = Path(__file__).parent / "results"
 
