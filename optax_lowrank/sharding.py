@@ -28,7 +28,7 @@ def state_shardings(
       A tree like `tx.init(params)` of `NamedSharding`s.
 
     Raises:
-      ValueError: `param_shardings` is not like `params`.
+      TypeError, ValueError: `param_shardings` are no `NamedSharding`s, or not like `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_lowrank as ol
@@ -47,6 +47,12 @@ def state_shardings(
         raise ValueError(
             f"`param_shardings` must be like `params`: it has {sorted(placed)}, they have {sorted(leaves)}."
         )
+    for path, sharding in placed.items():
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(
+                f"`param_shardings` must be `NamedSharding`s; {path!r} has {sharding}. Without a mesh, `tx.init` alone "
+                "puts the state where the parameters are."
+            )
     found = axes_by_path(params, axes)
     mesh = next(iter(placed.values())).mesh if placed else None
     shapes = jax.eval_shape(tx.init, params)

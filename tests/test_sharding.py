@@ -331,6 +331,13 @@ def test_accumulation_keeps_places_on_an_explicit_mesh():
         assert history[-1][name].sharding.is_equivalent_to(sharding, history[-1][name].ndim)
 
 
+def test_state_shardings_wants_a_mesh():
+    kernel = {"kernel": jnp.ones((16, 24))}
+    along = jax.tree.map(lambda x: x.sharding, kernel)
+    with pytest.raises(TypeError, match="NamedSharding.*'kernel'"):
+        ol.state_shardings(ol.galore(0.01, rank=4), kernel, along)
+
+
 def test_state_shardings_wants_one_for_each_parameter(mesh):
     with pytest.raises(ValueError, match="like `params`"):
         ol.state_shardings(ol.galore(0.01, rank=4), PARAMS, {"up": NamedSharding(mesh, P())})
