@@ -334,7 +334,7 @@ def test_accumulation_keeps_places_on_an_explicit_mesh():
 def test_state_shardings_wants_a_mesh():
     kernel = {"kernel": jnp.ones((16, 24))}
     along = jax.tree.map(lambda x: x.sharding, kernel)
-    with pytest.raises(TypeError, match="NamedSharding.*'kernel'"):
+    with pytest.raises(TypeError, match=r"NamedSharding.*'kernel'"):
         ol.state_shardings(ol.galore(0.01, rank=4), kernel, along)
 
 
