@@ -233,7 +233,7 @@ class InCodes:
     def decode(self, stored: CodedBasis, m: int, dtype: Any) -> jax.Array:
         """The orthonormal basis (..., m, r) nearest to the decoded one."""
         del m
-        D = self._book.decode(stored.codes.mT, stored.block_scale.mT).mT
+        D = self._book.decode(stored.codes, stored.block_scale, axis=-2)
         return _nearest_orthonormal(D.astype(dtype), steps=2 if self.bits == 8 else 4)
 
 

@@ -83,13 +83,13 @@ def encode(
 
 
 def decode(
-    codes: jax.Array, scale: jax.Array, signed: bool = True, block_size: int = 256
+    codes: jax.Array, scale: jax.Array, signed: bool = True, block_size: int = 256, axis: int = -1
 ) -> jax.Array:
-    """The float32 array of codes: book[code] · scale of its block. See `encode`."""
+    """The float32 array of codes: book[code] · scale of its block, which runs along `axis`. See `encode`."""
     index = codes.astype(jnp.float32) - (127 if signed else 0)
     unit = _value(jnp.abs(index), signed) if signed else _value(index, signed)
     unit = jnp.where(index < 0, -unit, unit)
-    return unit * spread(scale, codes.shape, block_size)
+    return unit * spread(scale, codes.shape, block_size, axis)
 
 
 def in_blocks(x: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
@@ -102,9 +102,10 @@ def in_blocks(x: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
     return x * spread(inverse, x.shape, block_size), scale
 
 
-def spread(scale: jax.Array, shape: tuple[int, ...], block_size: int) -> jax.Array:
-    """(..., blocks) to one number an entry, (..., n)."""
-    return jnp.repeat(scale, block_size, axis=-1)[..., : shape[-1]]
+def spread(scale: jax.Array, shape: tuple[int, ...], block_size: int, axis: int = -1) -> jax.Array:
+    """One number a block along `axis` to one an entry of an array of this shape."""
+    repeated = jnp.repeat(scale, block_size, axis=axis)
+    return lax.slice_in_dim(repeated, 0, shape[axis], axis=axis)
 
 
 # Of the magnitudes in ascending order, 0 has the index 0, and those of decade i begin at the index
@@ -188,12 +189,14 @@ class Book:
         unit, scale = in_blocks(x, self.block_size)
         return _in_pairs(_nearest_of_16(unit, _sixteen(signed), noise)), scale
 
-    def decode(self, codes: jax.Array, scale: jax.Array, signed: bool = True) -> jax.Array:
-        """The float32 array (..., n) of codes and scales."""
+    def decode(
+        self, codes: jax.Array, scale: jax.Array, signed: bool = True, axis: int = -1
+    ) -> jax.Array:
+        """The float32 array of codes and scales, whose blocks and pairs run along `axis`."""
         if self.bits == 8:
-            return decode(codes, scale, signed, self.block_size)
-        unit = _of_16(_from_pairs(codes), _sixteen(signed))
-        return unit * spread(scale, unit.shape, self.block_size)
+            return decode(codes, scale, signed, self.block_size, axis)
+        unit = _of_16(_from_pairs(codes, axis), _sixteen(signed))
+        return unit * spread(scale, unit.shape, self.block_size, axis)
 
 
 @functools.cache
@@ -234,8 +237,9 @@ def _in_pairs(index):
     return index[..., 0::2] | (index[..., 1::2] << 4)
 
 
-def _from_pairs(codes):
+def _from_pairs(codes, axis):
     if codes.dtype == jnp.int8:
         return codes.astype(jnp.uint8)
-    both = jnp.stack([codes & 15, codes >> 4], axis=-1)
-    return both.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+    axis %= codes.ndim
+    both = jnp.stack([codes & 15, codes >> 4], axis=axis + 1)
+    return both.reshape(*codes.shape[:axis], 2 * codes.shape[axis], *codes.shape[axis + 1 :])

@@ -24,9 +24,9 @@ def after(before: jax.Array | None, compute: Callable[..., Any], *operands: Any)
         return compute(*operands)  # outside jit everything has its turn
 
     def barrier(before, *operands):
-        # one by one: what goes through a barrier together varies alike over the devices of a `shard_map`
         wait = lambda x: lax.optimization_barrier((x, before))[0]
-        return compute(*jax.tree.map(wait, operands))
+        # in a `shard_map` one by one, as what goes through a barrier together varies alike over devices
+        return compute(*(jax.tree.map(wait, operands) if _in_shard_map() else wait(operands)))
 
     def branch(before, *operands):
         # XLA for CPU drops barriers. It computes a predicate first, and does not know that this one never holds.
