@@ -1,12 +1,17 @@
-"""Several optimizers on the same data and budget, each at the best learning rate of its own grid: a table and a figure.
+"""Several optimizers on the same data and budget, each at the best learning rate of its own grid: a table and figures.
 
     python examples/compare.py galore adamw            # three rates around each default
     python examples/compare.py galore=0.01,0.02,0.04 adamw=1e-3,3e-3 --seeds 0 1 2 --steps 300
+    python examples/compare.py 'fira=0.01 --rank 8' 'muon, 8 bits: muon=0.02 --state-bits 8' --baseline 'fira --rank 8'
+    python examples/compare.py @examples/front.txt     # one argument a line
 
-The optimizers come first; options that `--help` does not list go to every run of `pretrain_llama.py`.
-The rate is chosen by the validation loss of the first seed; the other seeds run at that rate only.
-Every run is a folder of its own in `--out`: finished ones are not repeated and a stopped one continues,
-so the same command picks up where Ctrl-C left off.
+The optimizers come first, each with a title if that is to be another; options that `--help` does not list go to every
+run of `pretrain_llama.py`, those behind an optimizer, in quotes, to its runs only. The rate is chosen by the validation
+loss of the first seed; the other seeds run at that rate only. `front.png` sets the loss against the bytes of the state.
+
+Every run is a folder of its own in `--out`: finished ones are not repeated and a stopped one continues, so the same
+command picks up where Ctrl-C left off. The table is written after each run: first the first rate of every optimizer,
+then the other rates, then the other seeds, of the optimizers on the front before those behind it.
 """
 
 import os
@@ -15,99 +20,234 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
+import functools
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.figure
 import numpy as np
 import pretrain_llama
+from llama import abstract_llama
+from matplotlib.axes import Axes
+
+import optax_lowrank
+
+Results = dict["Run", dict[str, Any]]
+
+
+class Contender(NamedTuple):
+    """An optimizer with options and rates of its own: `fira=0.01,0.02 --rank 8`."""
+
+    name: str  # `fira --rank 8`, or its title
+    optimizer: str
+    options: tuple[str, ...]
+    rates: tuple[float, ...]  # the likeliest first
+
+
+class Run(NamedTuple):
+    contender: Contender
+    lr: float
+    seed: int
+
+    def argv(self, options: Sequence[str]) -> list[str]:
+        """Of `pretrain_llama.py`; what the contender says comes after what all say."""
+        own = [f"--optimizer={self.contender.optimizer}", f"--lr={self.lr}", f"--seed={self.seed}"]
+        return [*options, *self.contender.options, *own]
+
+    @property
+    def folder(self) -> str:
+        name = re.sub(r"[^\w.]+", "-", self.contender.name).strip("-")
+        return f"{name}-lr{self.lr:g}-seed{self.seed}"
 
 
 class Entry(NamedTuple):
-    """One optimizer: every rate with the first seed, and the best rate with all seeds."""
+    """One contender: every finished rate with the first seed, and the best of them with every finished seed."""
 
+    name: str
     optimizer: str
     grid: dict[float, dict[str, Any]]
     best_lr: float
-    seeds: list[dict[str, Any]]
+    seeds: dict[int, dict[str, Any]]
+
+    @property
+    def losses(self) -> list[float]:
+        return [result["valid_loss"] for result in self.seeds.values()]
+
+    @property
+    def share(self) -> float:
+        """State, of AdamW's."""
+        first = self.grid[self.best_lr]
+        return first["state_bytes"] / first["adamw_bytes"]
+
+    @property
+    def matrix_share(self) -> float:
+        """The same of the matrices inside the layers."""
+        return self.grid[self.best_lr]["matrix_share"]
 
 
-def parse_optimizer(text: str) -> tuple[str, list[float]]:
-    """`galore=0.01,0.02` names its rates; `galore` takes its default, half and double of it."""
-    name, _, rates = text.partition("=")
-    if not rates:
-        return name, [factor * pretrain_llama.default_lr(name) for factor in (0.5, 1, 2)]
+# ------------------------------------------------------------------------------------------------------- what to run
+
+
+def parse_contender(text: str) -> Contender:
+    """`galore=0.01,0.02` names its rates; `galore` takes its default, half and double of it. Options may follow."""
+    title, colon, command = text.rpartition(": ")
+    head, *options = command.split() or [""]
+    optimizer, _, rates = head.partition("=")
     try:
-        return name, [float(rate) for rate in rates.split(",")]
+        chosen = [float(rate) for rate in rates.split(",")] if rates else usual_rates(optimizer)
     except ValueError:
-        raise SystemExit(f"{text}: write an optimizer as NAME or NAME=RATE,RATE,…") from None
+        chosen = []
+    if not chosen or not re.fullmatch(r"\w[\w-]*", optimizer):
+        raise SystemExit(
+            f"{text}: write an optimizer as NAME or NAME=RATE,RATE,…, options behind it, and a title and a colon "
+            "before it."
+        )
+    name = title if colon else " ".join([optimizer, *options])
+    return Contender(name, optimizer, tuple(options), tuple(chosen))
 
 
-def run(out: Path, optimizer: str, lr: float, seed: int, options: Sequence[str]) -> dict[str, Any]:
-    """The result of one run: read, continued or begun."""
-    folder = out / f"{optimizer}-lr{lr:g}-seed{seed}"
-    argv = [*options, f"--optimizer={optimizer}", f"--lr={lr}", f"--seed={seed}", f"--out={folder}"]
-    if (folder / "settings.json").exists():
+def usual_rates(optimizer: str) -> list[float]:
+    return [factor * pretrain_llama.default_lr(optimizer) for factor in (1, 0.5, 2)]
+
+
+def schedule(contenders: Sequence[Contender], seeds: Sequence[int], done: Results) -> Iterator[Run]:
+    """Every run, in the order in which a table of what is `done` soonest says most; best rates are looked up late."""
+    for place in range(max(len(c.rates) for c in contenders)):
+        for c in contenders:
+            if place < len(c.rates):
+                yield Run(c, c.rates[place], seeds[0])
+    ahead = [entry.name for entry in front(entries_of(contenders, seeds, done))]
+    for seed in seeds[1:]:
+        for c in sorted(contenders, key=lambda c: c.name not in ahead):
+            yield Run(c, entry_of(c, seeds, done).best_lr, seed)
+
+
+def announce(run: Run, done: Results, total: int) -> None:
+    """Which run this is, and the hours to go at the pace of those that are finished."""
+    hours = "the first one tells how long they take"
+    if done:
+        pace = np.mean([result["wall_s"] for result in done.values()])
+        hours = f"about {pace * (total - len(done)) / 3600:.1f} h to go, {pace:.0f} s a run"
+    print(f"\nRun {len(done) + 1} of {total}, {run.folder}: {hours}", flush=True)
+
+
+def carry_out(run: Run, out: Path, options: Sequence[str]) -> dict[str, Any]:
+    """The result of one run, continued or begun."""
+    argv = [*run.argv(options), f"--out={out / run.folder}"]
+    if (out / run.folder / "settings.json").exists():
         argv.append("--resume")
-    if (folder / "result.json").exists():
-        pretrain_llama.check_out(pretrain_llama.parse(argv))  # an error if it was another budget
-        result = json.loads((folder / "result.json").read_text())
-    else:
-        result = pretrain_llama.main(argv)
-    if not result["finished"]:
+    if not pretrain_llama.main(argv)["finished"]:
         raise SystemExit("Stopped. The same command continues.")
+    return read(run, out, options)
+
+
+def read(run: Run, out: Path, options: Sequence[str]) -> dict[str, Any]:
+    """The result of a finished run; an error if it was another budget."""
+    argv, folder = run.argv(options), out / run.folder
+    pretrain_llama.check_out(pretrain_llama.parse([*argv, f"--out={folder}", "--resume"]))
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     curve = [(r["step"], r["valid_loss"]) for r in map(json.loads, lines) if "valid_loss" in r]
-    return result | {"curve": curve}
+    share = matrix_share(tuple(Run(run.contender, run.contender.rates[0], 0).argv(options)))
+    result = json.loads((folder / "result.json").read_text())
+    return result | {"curve": curve, "matrix_share": share}
 
 
-def score(result: dict[str, Any]) -> float:
-    """Validation loss; a run that diverged is worse than any other."""
-    return result["valid_loss"] if math.isfinite(result["valid_loss"]) else math.inf
+@functools.cache
+def matrix_share(argv: tuple[str, ...]) -> float:
+    """State of the matrices inside the layers, of AdamW's for them."""
+    args = pretrain_llama.parse(argv)
+    shapes = abstract_llama(pretrain_llama.model_config(args))[1]
+    report = optax_lowrank.memory_report(pretrain_llama.make_optimizer(args), shapes)
+    groups = [g for path, g in report.groups.items() if pretrain_llama.is_matrix(path)]
+    return sum(g.arrays for g in groups) / sum(g.adamw for g in groups)
 
 
-def search(out: Path, text: str, seeds: Sequence[int], options: Sequence[str]) -> Entry:
-    optimizer, rates = parse_optimizer(text)
-    grid = {lr: run(out, optimizer, lr, seeds[0], options) for lr in sorted(rates)}
-    best = min(grid, key=lambda lr: score(grid[lr]))
-    others = [run(out, optimizer, best, seed, options) for seed in seeds[1:]]
-    return Entry(optimizer, grid, best, [grid[best], *others])
+# ------------------------------------------------------------------------------------------------------ what came out
 
 
-def table(entries: Sequence[Entry]) -> str:
+def entry_of(contender: Contender, seeds: Sequence[int], done: Results) -> Entry | None:
+    """What is known of a contender; a run that diverged is worse than any other."""
+
+    def score(lr: float) -> float:
+        loss = grid[lr]["valid_loss"]
+        return loss if math.isfinite(loss) else math.inf
+
+    of = lambda lr, seed: done.get(Run(contender, lr, seed))
+    grid = {lr: result for lr in sorted(contender.rates) if (result := of(lr, seeds[0]))}
+    if not grid:
+        return None
+    best = min(grid, key=score)
+    finished = {seed: result for seed in seeds if (result := of(best, seed))}
+    return Entry(contender.name, contender.optimizer, grid, best, finished)
+
+
+def entries_of(contenders: Sequence[Contender], seeds: Sequence[int], done: Results) -> list[Entry]:
+    found = [entry_of(contender, seeds, done) for contender in contenders]
+    return [entry for entry in found if entry]
+
+
+def front(entries: Sequence[Entry]) -> list[Entry]:
+    """Those that no other beats with as few bytes or fewer, the smallest state first."""
+    best, ahead = math.inf, []
+    for entry in sorted(entries, key=lambda e: (e.share, np.mean(e.losses))):
+        if np.mean(entry.losses) < best:
+            best = np.mean(entry.losses)
+            ahead.append(entry)
+    return ahead
+
+
+def paired(entry: Entry, baseline: Entry) -> tuple[str, str]:
+    """Mean difference to the baseline over the seeds that both have, and its z: the mean by its standard error."""
+    both = [seed for seed in entry.seeds if seed in baseline.seeds]
+    differences = [entry.seeds[s]["valid_loss"] - baseline.seeds[s]["valid_loss"] for s in both]
+    if entry.name == baseline.name or not both:
+        return "–", "–"
+    mean = np.mean(differences)
+    error = np.std(differences, ddof=1) / len(both) ** 0.5 if len(both) > 1 else 0
+    return f"{mean:+.4f}", f"{mean / error:+.1f}" if error else "–"
+
+
+def table(entries: Sequence[Entry], baseline: str | None = None) -> str:
     """Markdown; a rate at the end of its grid is marked, for a better one may lie beyond."""
-    lines = [
-        "| optimizer | learning rate | validation loss | state, bytes | of AdamW | ms/step |",
-        "|---|---|---|---|---|---|",
-    ]
+    names = ["optimizer", "learning rate", "validation loss", "seeds", "state, bytes", "of AdamW"]
+    names += ["of its matrices", "ms/step"]
+    against = next((e for e in entries if e.name == baseline), None)
+    names += [f"− {baseline}", "z"] if against else []
+    rows = [names, ["---"] * len(names)]
+    ahead = front(entries)
     for e in entries:
-        losses = [result["valid_loss"] for result in e.seeds]
-        spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
+        spread = f" ± {np.std(e.losses, ddof=1):.4f}" if len(e.losses) > 1 else ""
         edge = "*" if len(e.grid) > 1 and e.best_lr in (min(e.grid), max(e.grid)) else ""
-        state, adamw = e.seeds[0]["state_bytes"], e.seeds[0]["adamw_bytes"]
-        ms = np.mean([result["step_ms"] for result in e.seeds])
-        lines.append(
-            f"| {e.optimizer} | {e.best_lr:g}{edge} | {np.mean(losses):.4f}{spread} "
-            f"| {state:,} | {state / adamw:.0%} | {ms:.0f} |"
-        )
-    if any("*" in line for line in lines):
+        loss = f"{np.mean(e.losses):.4f}"
+        row = [e.name, f"{e.best_lr:g}{edge}", (f"**{loss}**" if e in ahead else loss) + spread]
+        row += [f"{len(e.losses)}", f"{e.grid[e.best_lr]['state_bytes']:,}", f"{e.share:.1%}"]
+        row += [f"{e.matrix_share:.1%}", f"{np.mean([r['step_ms'] for r in e.seeds.values()]):.0f}"]
+        rows.append(row + (list(paired(e, against)) if against else []))
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    if any("*" in row[1] for row in rows):
         lines.append("\n\\* the best of its grid is its end: a better rate may lie beyond.")
+    if len(entries) > 1:
+        lines.append("\nBold: no other has a smaller loss with as few bytes.")
     return "\n".join(lines)
 
 
-def figure(entries: Sequence[Entry], file: Path) -> None:
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def draw_curves(entries: Sequence[Entry], file: Path) -> None:
     """Validation loss over steps (best rate, mean over seeds), and at the end over the grid."""
     fig = matplotlib.figure.Figure(figsize=(11, 4), layout="constrained")
     curves, rates = fig.subplots(1, 2)
     for e in entries:
         # without the loss before the first step, which would flatten all the others
-        steps, loss = np.mean([result["curve"][1:] for result in e.seeds], axis=0).T
-        curves.plot(steps, loss, marker="o", markersize=3, label=e.optimizer)
+        steps, loss = np.mean([result["curve"][1:] for result in e.seeds.values()], axis=0).T
+        curves.plot(steps, loss, marker="o", markersize=3, label=e.name)
         final = [result["valid_loss"] for result in e.grid.values()]
-        rates.plot(list(e.grid), final, marker="o", markersize=3, label=e.optimizer)
+        rates.plot(list(e.grid), final, marker="o", markersize=3, label=e.name)
     curves.set(xlabel="step", ylabel="validation loss (nats per token)", title="best learning rate")
     rates.set(xlabel="learning rate", xscale="log", title="at the end, first seed")
     ticks = sorted({lr for e in entries for lr in e.grid})
@@ -119,17 +259,86 @@ def figure(entries: Sequence[Entry], file: Path) -> None:
     fig.savefig(file, dpi=150)
 
 
-def main(argv: Sequence[str] | None = None) -> list[Entry]:
-    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("optimizers", nargs="+", metavar="NAME[=RATE,…]")
+def draw_front(entries: Sequence[Entry], file: Path) -> None:
+    """Validation loss over the state, of AdamW's: of all parameters, and of the matrices alone."""
+    fig = matplotlib.figure.Figure(figsize=(12, 5.5), layout="constrained")
+    everything, matrices = fig.subplots(1, 2, sharey=True)
+    draw_losses(everything, {e.name: e.share for e in entries}, entries)
+    draw_losses(matrices, {e.name: e.matrix_share for e in entries}, entries)
+    ahead = front(entries)
+    shares, losses = [e.share for e in ahead], [np.mean(e.losses) for e in ahead]
+    everything.step(shares, losses, where="post", color="0.8", linewidth=4, zorder=1)
+    everything.set(ylabel="validation loss (nats per token)", title="all parameters")
+    matrices.set(title="matrices of the layers")
+    handles, labels = everything.get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=8)
+    fig.savefig(file, dpi=150)
+
+
+def draw_losses(axes: Axes, shares: dict[str, float], entries: Sequence[Entry]) -> None:
+    """Mean and standard deviation over the shares; a color for each optimizer, the rest of a name beside it."""
+    optimizers = dict.fromkeys(e.optimizer for e in entries)
+    for i, optimizer in enumerate(optimizers):
+        ours = [e for e in entries if e.optimizer == optimizer]
+        spread = [np.std(e.losses, ddof=1) if len(e.losses) > 1 else 0 for e in ours]
+        x, y = [100 * shares[e.name] for e in ours], [np.mean(e.losses) for e in ours]
+        axes.errorbar(x, y, spread, fmt="o", color=f"C{i}", capsize=3, label=optimizer)
+        for e, *at in zip(ours, x, y, strict=True):
+            text = e.name.removeprefix(optimizer).strip(" ,")
+            axes.annotate(text, at, (4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="state, % of AdamW's", xscale="log", xlim=(1, 130))
+    ticks = (1, 2, 5, 10, 20, 50, 100)
+    axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+class LinesAsArguments(argparse.ArgumentParser):
+    """Of a file `@FILE` each line is one argument; empty ones and `# …` are none."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return [arg_line] if arg_line.strip() and not arg_line.startswith("#") else []
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    about = (__doc__ or "").split("\n\n")[0]
+    p = LinesAsArguments(description=about, allow_abbrev=False, fromfile_prefix_chars="@")
+    p.add_argument("optimizers", nargs="+", metavar="'NAME[=RATE,…] [OPTION …]'")
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
+    p.add_argument("--baseline", metavar="NAME", help="whose loss is subtracted, seed by seed")
     p.add_argument("--out", type=Path, default=Path("runs/compare"))
     args, options = p.parse_known_args(argv)
-    entries = [search(args.out, text, args.seeds, options) for text in args.optimizers]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "table.md").write_text(table(entries) + "\n")
-    figure(entries, args.out / "figure.png")
-    print(f"\n{table(entries)}\n\nSee {args.out / 'table.md'} and {args.out / 'figure.png'}.")
+    names = [parse_contender(text).name for text in args.optimizers]
+    if args.baseline and args.baseline not in names:
+        p.error(f"--baseline {args.baseline}: not among {', '.join(names)}")
+    return args, options
+
+
+def main(argv: Sequence[str] | None = None) -> list[Entry]:
+    args, options = parse(argv)
+    contenders = [parse_contender(text) for text in args.optimizers]
+    total = sum(len(c.rates) for c in contenders) + (len(args.seeds) - 1) * len(contenders)
+    every = [Run(c, lr, seed) for c in contenders for lr in c.rates for seed in args.seeds]
+    finished = lambda run: (args.out / run.folder / "result.json").exists()
+    done = {run: read(run, args.out, options) for run in every if finished(run)}
+
+    def write() -> list[Entry]:
+        entries = entries_of(contenders, args.seeds, done)
+        (args.out / "table.md").write_text(table(entries, args.baseline) + "\n")
+        draw_curves(entries, args.out / "figure.png")
+        draw_front(entries, args.out / "front.png")
+        return entries
+
+    for run in schedule(contenders, args.seeds, done):
+        if run not in done:
+            announce(run, done, total)
+            done[run] = carry_out(run, args.out, options)
+            write()
+    entries = write()
+    print(f"\n{table(entries, args.baseline)}\n\nSee table.md and the figures in {args.out}.")
     return entries
 
 

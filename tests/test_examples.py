@@ -64,6 +64,15 @@ def finished(corpus, tmp_path_factory) -> Path:
     return out
 
 
+def update_twice(tx: optax.GradientTransformation, params) -> jax.Array:
+    """The second update of the only leaf."""
+    state = tx.init(params)
+    for key in jax.random.split(jax.random.key(1)):
+        grads = jax.tree.map(lambda p, key=key: jax.random.normal(key, p.shape), params)
+        updates, state = tx.update(grads, state, params)
+    return jax.tree.leaves(updates)[0]
+
+
 def losses(out: Path) -> dict[int, float]:
     records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return {record["step"]: record["loss"] for record in records if "loss" in record}
@@ -172,8 +181,7 @@ def test_layerwise_run_takes_the_same_steps(name, corpus, tmp_path, two_layers):
 @pytest.mark.parametrize("optimizer", [*pretrain_llama.aliases(), "adamw", "muon"])
 def test_every_optimizer_has_a_layerwise_step(optimizer):
     """Traced, not run: parameters and state come out as they went in."""
-    bits = [] if optimizer == "muon" else ["--state-bits=8"]
-    options = [f"--optimizer={optimizer}", "--dtype=bfloat16", "--layerwise", *bits]
+    options = [f"--optimizer={optimizer}", "--dtype=bfloat16", "--layerwise", "--state-bits=8"]
     args = pretrain_llama.parse([*TINY, *options])
     step = pretrain_llama.make_step(args, pretrain_llama.model_config(args))
     state = steps.TrainState(step.shapes, jax.eval_shape(step.init, step.shapes))
@@ -276,12 +284,99 @@ def test_compare_writes_table_and_figure_and_repeats_nothing(corpus, tmp_path, m
     )
     table = (tmp_path / "table.md").read_text()
     assert [line.split()[1] for line in table.splitlines()[2:4]] == ["contrib-galore", "adamw"]
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    for figure in ("figure.png", "front.png"):
+        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setattr(pretrain_llama, "main", None)  # a second run would call it
     assert compare.main(arguments) == entries
     with pytest.raises(SystemExit, match="steps was 3, is 4"):
         compare.main(["4" if a == "3" else a for a in arguments])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "optimizer", "options", "rates"),
+    [
+        ("fira", "fira", "fira", (), (0.01, 0.005, 0.02)),
+        ("galore=1,2", "galore", "galore", (), (1, 2)),
+        ("fira=1 --rank 8", "fira --rank 8", "fira", ("--rank", "8"), (1,)),
+        ('in 4: muon=1 --option a={"b":4}', "in 4", "muon", ("--option", 'a={"b":4}'), (1,)),
+    ],
+)
+def test_compare_reads_optimizers(text, name, optimizer, options, rates):
+    assert compare.parse_contender(text) == (name, optimizer, options, rates)
+
+
+@pytest.mark.parametrize("text", ["galore=fast", "", "title: ", "--rank 8"])
+def test_compare_explains_how_to_write_an_optimizer(text):
+    with pytest.raises(SystemExit, match="write an optimizer as NAME"):
+        compare.parse_contender(text)
+
+
+def test_compare_reads_arguments_of_a_file(tmp_path, capsys):
+    file = tmp_path / "front.txt"
+    file.write_text("# small states\nfira=0.01 --rank 8\n\nmuon=0.02\n--steps=300\n")
+    args, options = compare.parse([f"@{file}", "--seeds", "0", "1"])
+    assert args.optimizers == ["fira=0.01 --rank 8", "muon=0.02"]
+    assert (args.seeds, options) == ([0, 1], ["--steps=300"])
+    with pytest.raises(SystemExit):
+        compare.parse([f"@{file}", "--baseline=fira"])
+    assert "--baseline fira: not among fira --rank 8, muon" in capsys.readouterr().err
+
+
+def outcome(loss, share, **more):
+    return {"valid_loss": loss, "state_bytes": 1000 * share, "adamw_bytes": 1000} | more
+
+
+def test_compare_takes_the_first_rates_first_and_then_the_seeds_of_the_front():
+    """`b` has the larger state and loss; the second rate of `a` diverges."""
+    a, b = compare.parse_contender("a=1,2"), compare.parse_contender("b=3")
+    losses = {(a, 1): 1.0, (a, 2): math.nan, (b, 3): 2.0}
+    share, done, order = {a: 0.1, b: 0.5}, {}, []
+    for run in compare.schedule([b, a], (0, 1), done):
+        done[run] = outcome(losses[run.contender, run.lr], share[run.contender])
+        order.append((run.contender.name, run.lr, run.seed))
+    assert order == [("b", 3, 0), ("a", 1, 0), ("a", 2, 0), ("a", 1, 1), ("b", 3, 1)]
+    entry = compare.entry_of(a, (0, 1), done)
+    assert (entry.best_lr, list(entry.grid), entry.losses) == (1, [1, 2], [1.0, 1.0])
+
+
+def entry(name, share, *losses):
+    seeds = dict(enumerate(outcome(x, share, step_ms=1, matrix_share=share) for x in losses))
+    return compare.Entry(name, name, {0.1: seeds[0]}, 0.1, seeds)
+
+
+def test_front_is_what_nothing_beats_with_fewer_bytes():
+    small, large, beaten, twin = (
+        entry("small", 0.1, 2.0),
+        entry("large", 0.5, 1.0),
+        entry("beaten", 0.2, 2.5),
+        entry("twin", 0.1, 2.1),
+    )
+    assert compare.front([large, beaten, twin, small]) == [small, large]
+
+
+def test_compared_losses_are_paired_by_seed():
+    """1.1 − 1.0 and 1.4 − 1.2: 0.15 on average, by a standard error of 0.05; a third seed has no partner."""
+    base, other = entry("base", 0.5, 1.0, 1.2), entry("other", 0.1, 1.1, 1.4, 9.0)
+    assert compare.paired(other, base) == ("+0.1500", "+3.0")
+    assert compare.paired(entry("one", 0.1, 1.1), base) == ("+0.1000", "–")
+    assert compare.paired(base, base) == ("–", "–")
+    lines = compare.table([base, other], "base").splitlines()
+    assert lines[0].endswith("| − base | z |")
+    assert lines[3].endswith("| 10.0% | 10.0% | 1 | +0.1500 | +3.0 |")
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_muon_in_codes_takes_nearly_the_same_step(bits):
+    """The momentum of a first step is not read before the next, so that codes move that one only."""
+    options = [f"--option=state_bits={bits}"] if bits else []
+    args = pretrain_llama.parse([*TINY, "--optimizer=muon", "--clip=0", *options])
+    plain = pretrain_llama.parse([*TINY, "--optimizer=muon", "--clip=0"])
+    params = {"layers/0/kernel": jax.random.normal(jax.random.key(0), (64, 64))}
+    steps = [update_twice(pretrain_llama.make_optimizer(x), params) for x in (args, plain)]
+    off = jnp.linalg.norm(steps[0] - steps[1]) / jnp.linalg.norm(steps[1])
+    assert off <= {None: 0, 8: 0.02, 4: 0.2}[bits]
+    assert (off > 0) == bool(bits)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +390,7 @@ def test_compare_writes_table_and_figure_and_repeats_nothing(corpus, tmp_path, m
         (["--layerwise", "--accumulate=2", "--optimizer=adamw"], "--accumulate: adamw has no"),
         (["--accumulate=2"], "fira: .*residual needs whole gradients"),
         (["--accumulate=3"], "must divide --batch-size 4"),
-        (["--state-bits=8", "--optimizer=muon"], "--state-bits: muon has no"),
+        (["--state-bits=8", "--optimizer=contrib-galore"], "--state-bits: contrib-galore has no"),
         (["--option=state_bits"], "NAME=VALUE"),
         (["--corpus=nowhere.txt"], "nowhere.txt: no such file"),
         (["--seq-len=100000"], "too short"),
