@@ -29,7 +29,10 @@ OPTIMIZERS = {
     "adarankgrad": functools.partial(ol.adarankgrad, min_rank=1, rank_step=1, **_exact),
     "gradnormlorp": functools.partial(ol.gradnormlorp, **_exact),
     "apollo": functools.partial(ol.apollo, **_small),
-    "low_rank_muon": functools.partial(ol.low_rank_muon, rank=2),
+    # The only one with a basis that follows its state; by default it has none to store, as `apollo`.
+    "low_rank_muon": functools.partial(
+        ol.low_rank_muon, rank=2, fit=ol.subspace_iteration(), update_proj_gap=1
+    ),
     "galore_8bit": functools.partial(ol.galore, state_bits=_codes, **_exact),
     "gradnormlorp_8bit": functools.partial(ol.gradnormlorp, state_bits=_codes, **_exact),
 }

@@ -35,6 +35,11 @@ def assert_follows(got, want, tolerance):
 
 SHAPES = [(6, 10), (10, 6), (7, 7)]
 
+# The basis follows the momentum.
+TRACKED = functools.partial(
+    ol.low_rank_muon, fit=ol.subspace_iteration(), update_proj_gap=1, side="short"
+)
+
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -68,7 +73,7 @@ def test_a_momentum_that_fits_into_the_basis_is_kept(side, shape, nesterov):
     options = {"beta": 0.9, "nesterov": nesterov, "consistent_rms": 0.2}
     with X64():
         want, _ = trajectory(optax.contrib.muon(0.1, **options), grads)
-        got, _ = trajectory(ol.low_rank_muon(0.1, rank=3, side=side, **options), grads)
+        got, _ = trajectory(TRACKED(0.1, rank=3, side=side, **options), grads)
     assert_follows(got, want, 1e-4)
 
 
@@ -93,7 +98,7 @@ def test_stacked_leaf_is_a_loop_over_its_layers():
 @pytest.mark.parametrize("bits", [8, 4])
 def test_momentum_in_codes(bits):
     grads = (normal(8, 16) + 0.3 * normal(6, 8, 16, seed=1)).astype(np.float32)
-    make = functools.partial(ol.low_rank_muon, 0.1, rank=4, fit=ol.svd())
+    make = functools.partial(TRACKED, 0.1, rank=4)
     want, _ = trajectory(make(), grads)
     got, _ = trajectory(make(state_bits={"bits": bits, "min_size": 16}), grads)
     assert np.isfinite(got).all()
@@ -102,13 +107,39 @@ def test_momentum_in_codes(bits):
 
 
 def test_bytes():
-    """m r + n r floats a matrix; in 8 bits two bytes of the basis, one of the momentum and a scale for each 256."""
+    """r floats a row of the short side, or m r + n r with a basis; in 8 bits a scale for 256, the basis 16 bits."""
     params = {"layers": {"kernel": jax.ShapeDtypeStruct((24, 512, 1024), jnp.float32)}}
     report = functools.partial(ol.memory_report, params=params)
     r, m, n = 64, 512, 1024
-    assert report(ol.low_rank_muon(0.02, rank=r)).arrays == 4 * 24 * (m + n) * r
-    coded = report(ol.low_rank_muon(0.02, rank=r, state_bits=8)).arrays
+    assert report(ol.low_rank_muon(0.02, rank=r)).arrays == 4 * 24 * r * m
+    assert report(ol.low_rank_muon(0.02, rank=r, state_bits=8)).arrays == 24 * r * (
+        m + 4 * m // 256
+    )
+    assert report(TRACKED(0.02, rank=r)).arrays == 4 * 24 * (m + n) * r
+    coded = report(TRACKED(0.02, rank=r, state_bits=8)).arrays
     assert coded == 24 * r * (2 * m + n + 4 * n // 256)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_by_default_the_basis_is_random_on_the_longer_side_and_new_every_20_steps(shape):
+    grads = normal(25, *shape)
+    options = {"rank": 2, "beta": 0.9}
+    core = ol.low_rank(
+        low_rank_momentum(0.9),
+        rank=2,
+        fit=ol.seeded(),
+        refresh=ol.every(20),
+        side="long",
+        geometry=orthogonalized(),
+    )
+    with X64():
+        got, state = trajectory(ol.low_rank_muon(1.0, **options), grads)
+        want, _ = trajectory(core, grads)
+        other, _ = trajectory(ol.low_rank_muon(1.0, update_proj_gap=99, **options), grads)
+    assert_follows(-got, want, 1e-6)
+    np.testing.assert_array_equal(got[:20], other[:20])
+    assert np.abs(got[20] - other[20]).max() > 0.01
+    assert ol.diagnostics(state)["kernel"].steps_since_refresh.tolist() == [4]
 
 
 def test_bad_gradients():

@@ -67,7 +67,8 @@ OWN = {
         "nesterov": True,
         "ns_steps": 5,
         "consistent_rms": None,
-        "update_proj_gap": 1,
+        "update_proj_gap": 20,
+        "side": "long",
     },
 }
 LACKS = {ol.low_rank_muon: {"scale"}}

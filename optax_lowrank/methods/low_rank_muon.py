@@ -1,11 +1,14 @@
-"""Low-rank Muon: momentum kept as P C, truncated anew on every step, and the orthogonalised sum of it and the gradient.
+"""Low-rank Muon: the momentum of a subspace, and the orthogonalised sum of it and the gradient.
 
-    P' ← leading left singular vectors of β P C + (1 − β) G by one step of subspace iteration from P
-    M = β P' P'ᵀ P C + (1 − β) G,   C ← P'ᵀ M
+    M = β P C + (1 − β) G,   C ← β C + (1 − β) PᵀG,   at a refit C ← P'ᵀ P C
     W ← W − η O(M),   with Nesterov O(β M + (1 − β) G) (both bias-corrected),   O the polar factor by Newton–Schulz
 
-Muon: Jordan et al., 2024; Bernstein and Newhouse, arXiv:2409.20325. The basis follows the momentum; what of the
-gradient is outside of it goes into the orthogonalisation at full weight, what of the old momentum is, is dropped.
+Muon: Jordan et al., 2024; Bernstein and Newhouse, arXiv:2409.20325. What of the gradient is outside of the basis goes
+into the orthogonalisation at full weight, what of the old momentum is outside of a new basis is dropped.
+
+The default basis is random and not stored. O makes strong directions and weak ones alike; a single gradient shows the
+strong ones, and it is the weak ones that need the mean over steps. The leading directions of the momentum, which
+`subspace_iteration()` follows, are those that need it least: at equal bytes their loss is higher.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowrank.bases import seeded
 from optax_lowrank.classify import axes_by_path
-from optax_lowrank.fits import subspace_iteration
 from optax_lowrank.linalg import newton_schulz
 from optax_lowrank.low_rank import Geometry
 from optax_lowrank.options import Options, alias
@@ -36,7 +39,7 @@ class MomentumState(NamedTuple):
 def low_rank_momentum(beta: jax.typing.ArrayLike = 0.95, nesterov: bool = True) -> Rule:
     """Momentum M = β P C + (1 − β) G, of which the state keeps what is in the basis, C ← β C + (1 − β) R.
 
-    The next basis is fitted to M itself (`recall`), as LDAdam's is.
+    A basis that is fitted is fitted to M itself (`recall`), as LDAdam's is.
 
     Args:
       beta: β.
@@ -138,7 +141,7 @@ def orthogonalize(
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-@alias(without=("scale",), update_proj_gap=1)
+@alias(without=("scale",), update_proj_gap=20, side="long")
 def low_rank_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -148,15 +151,16 @@ def low_rank_muon(
     consistent_rms: float | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon whose momentum lives in a basis that follows it: m·r + n·r floats a matrix.
+    """Muon whose momentum lives in a random subspace of the longer side: r floats for each row of the shorter one.
 
-    M = β P C + (1 − β) G, W ← W − η (s O(M) + λ W), P and C the best rank-r part of M, refit on every step from a
-    warm start; O is Newton–Schulz, s Muon's scale for the shape. At full rank this is `optax.contrib.muon`.
+    M = β P C + (1 − β) G, W ← W − η (s O(M) + λ W); O is Newton–Schulz, s Muon's scale for the shape. At full rank this
+    is `optax.contrib.muon`.
 
     Args:
       learning_rate: η, a number or a schedule; 0.02 is Muon's usual.
-      **options: see `Options`. Here `update_proj_gap` is 1, `fit` `subspace_iteration()`, and b1, b2, eps are of the
-        dense leaves.
+      **options: see `Options`. Here `fit` is `seeded()`, `update_proj_gap` is 20, the steps that the momentum reaches
+        back, `side` is "long", and b1, b2, eps are of the dense leaves. With `fit=subspace_iteration()` and
+        `update_proj_gap=1` the basis follows the momentum, and both are stored.
       beta: β of the momentum.
       nesterov: look one step ahead.
       ns_steps: Newton–Schulz iterations.
@@ -172,7 +176,7 @@ def low_rank_muon(
     Example:
       >>> import jax, jax.numpy as jnp, optax_lowrank as ol
       >>> shapes = {"kernel": jax.ShapeDtypeStruct((1024, 4096), jnp.float32)}
-      >>> ol.memory_report(ol.low_rank_muon(0.02, rank=32), shapes).arrays == 4 * 32 * (1024 + 4096)
+      >>> ol.memory_report(ol.low_rank_muon(0.02, rank=32), shapes).arrays == 4 * 32 * 1024
       True
 
     Reference: Jordan et al., Muon, 2024; the low-rank momentum is ours, see `low_rank_momentum`.
@@ -183,6 +187,6 @@ def low_rank_muon(
     matrix = options.projected(
         rule,
         geometry=orthogonalized(ns_steps, consistent_rms),
-        fit=options.fit or subspace_iteration(),
+        fit=options.fit or seeded(),
     )
     return options.optimizer(learning_rate, matrix)
