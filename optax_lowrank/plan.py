@@ -116,7 +116,7 @@ def plan(
       >>> kernel = jax.ShapeDtypeStruct((8, 1024, 4096), jnp.bfloat16)
       >>> choice = ol.plan({"layers": {"kernel": kernel}}, "0.14GB", ranks=(64, 256))
       >>> choice.best.method, choice.best.rank, choice.best.bits, choice.best.layerwise
-      ('galore', 256, 8, True)
+      ('low_rank_muon', 256, None, True)
     """
     size = budget if isinstance(budget, int) else _parse(budget)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
