@@ -39,6 +39,7 @@ SHARED = {
     "dense": None,
     "dense_learning_rate": None,
     "accumulate": 1,
+    "axis_name": None,
     "seed": 0,
 }
 # What each has besides; a name of `SHARED` changes a default, and None takes it away.
