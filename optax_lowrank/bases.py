@@ -59,9 +59,9 @@ class Fitted:
         return self.store.encode(jnp.zeros((m, r), dtype))
 
     def refit(self, key, G, P):
-        """The fit's basis, unless it is not finite or not orthonormal."""
+        """The fit's basis, unless it is not finite, not orthonormal or empty."""
         new = call_fit(self.fit, key, G, P)
-        return self.store.encode(new), linalg.is_orthonormal(new)
+        return self.store.encode(new), linalg.is_orthonormal(new) & jnp.any(new != 0)
 
     def read(self, stored, key, m, r, dtype):
         """What the store has."""
