@@ -17,7 +17,7 @@ METHODS = (ol.galore, ol.natural_galore, ol.adarankgrad, ol.gradnormlorp, ol.fir
 
 
 def exchange(options: Options) -> Table:
-    """Numbers that data parallelism averages over devices, float32; whole gradients are what AdamW exchanges."""
+    """What data parallelism averages over devices, in float32; whole gradients are what AdamW exchanges."""
     size = QUICK if options.quick else M130
     whole = 4 * sum(m * n for m, n in all_shapes(size))
     rows = [("optax.adamw", "", mib(whole), "", mib(whole), "100 %")]
@@ -25,7 +25,7 @@ def exchange(options: Options) -> Table:
         for share in (8, 32):
             rank = max(1, size.hidden // share)
             tx = make(1e-3, rank=rank, update_proj_gap=GAP, axis_name="data")
-            step, refit = (4 * n for n in averaged(tx, shapes(size, stack=True)))
+            step, refit = averaged(tx, shapes(size, stack=True))
             mean = step + refit / GAP
             cells = (make.__name__, f"{rank} = d / {share}", mib(step), mib(refit), mib(mean))
             rows.append((*cells, f"{mean / whole:.1%}"))
@@ -38,7 +38,7 @@ def exchange(options: Options) -> Table:
 
 
 def averaged(tx: optax.GradientTransformation, params) -> tuple[int, int]:
-    """Numbers averaged in an update without refits, and in a refit of every matrix."""
+    """Bytes that are averaged in an update without refits, and in a refit of every matrix."""
     mesh = AbstractMesh((8,), ("data",))
 
     def update(grads, state, params):
@@ -52,7 +52,7 @@ def averaged(tx: optax.GradientTransformation, params) -> tuple[int, int]:
 
 
 def _count(jaxpr, refits: bool, turns: int = 1) -> int:
-    """Numbers in the operands of `psum`; `turns` is what a loop of unknown length takes."""
+    """Bytes of the operands of `psum`; `turns` is what a loop of unknown length takes."""
     total = 0
     for eqn in jaxpr.eqns:
         name = eqn.params.get("name")
@@ -62,7 +62,7 @@ def _count(jaxpr, refits: bool, turns: int = 1) -> int:
             turns = eqn.invars[-1].aval.size  # one a matrix
         inner = [_count(x, refits, turns) for x in jax.tree.leaves(_jaxprs(eqn))]
         if eqn.primitive.name.startswith("psum"):
-            total += sum(math.prod(x.aval.shape) for x in eqn.invars)
+            total += sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in eqn.invars)
         elif eqn.primitive.name == "cond":
             total += max(inner)
         else:

@@ -97,14 +97,12 @@ def assemble(
         parts = flatten_by_path(labels(updates))[0]
         updates = _dense_averaged(updates, parts, axis_name)
         out, new = direction.update(updates, state.direction, params, **extra)
-        rate, decay = learning_rate, weight_decay
-        if callable(rate):
-            rate = rate(state.count // accumulate)
+        scheduled, decay = callable(learning_rate), weight_decay
+        rate = learning_rate(state.count // accumulate) if scheduled else learning_rate
         if accumulate > 1:
             decay = jnp.where((state.count + 1) % accumulate == 0, decay, 0)
-        decaying, taken = {}, {}
-        if not never_decays:
-            decaying, taken = _decaying(mask, params), _taken(updates, new, axes)
+        decaying = {} if never_decays else _decaying(mask, params)
+        taken = {} if never_decays else _taken(updates, new, axes)
 
         def finish(path, u):
             if not finished_here[parts[path]]:

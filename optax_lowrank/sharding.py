@@ -11,7 +11,11 @@ from optax_lowrank.views import MatrixAxes, MatrixView, flatten_by_path, owned_l
 
 
 def state_shardings(
-    tx: optax.GradientTransformation, params: Any, param_shardings: Any, axes: Any = None
+    tx: optax.GradientTransformation,
+    params: Any,
+    param_shardings: Any,
+    axes: Any = None,
+    spread: bool = False,
 ) -> Any:
     """Shardings of the state of any optimizer of this library, for `jax.jit(tx.init, out_shardings=...)`.
 
@@ -23,6 +27,9 @@ def state_shardings(
       params: parameters, or their `jax.ShapeDtypeStruct`s.
       param_shardings: a tree like `params` of `jax.sharding.NamedSharding`s, all on one mesh.
       axes: the overrides of `matrix_axes` that `tx` was made with.
+      spread: split arrays over the mesh axes of their parameter that they do not follow, too, wherever the size of an
+        axis allows: a basis of the side that is not sharded, for one, lies everywhere otherwise. No device holds more
+        than its part then, and a step gathers m · r or r · n numbers of a matrix.
 
     Returns:
       A tree like `tx.init(params)` of `NamedSharding`s.
@@ -57,15 +64,19 @@ def state_shardings(
     mesh = next(iter(placed.values())).mesh if placed else None
     shapes = jax.eval_shape(tx.init, params)
 
-    def place(keys, x, path):
-        if path is None:
-            return NamedSharding(mesh, PartitionSpec())
+    def follow(keys, x, path):
         spec, names = placed[path].spec, [getattr(key, "name", None) for key in keys]
         if x.shape == leaves[path].shape and not {"basis", "rule"} & set(names):
-            return NamedSharding(mesh, spec)
+            return spec
         if found[path] is None or not {"basis", "rule", "geometry"} & set(names):
-            return NamedSharding(mesh, _leading(spec, leaves[path].shape, x.shape))
-        return NamedSharding(mesh, _folded(names, x.shape, leaves[path].shape, found[path], spec))
+            return _leading(spec, leaves[path].shape, x.shape)
+        return _folded(names, x.shape, leaves[path].shape, found[path], spec)
+
+    def place(keys, x, path):
+        spec = PartitionSpec() if path is None else follow(keys, x, path)
+        if spread and path is not None:
+            spec = _spread(spec, x.shape, placed[path].spec, mesh)
+        return NamedSharding(mesh, spec)
 
     keyed = owned_leaves(shapes, params)
     return jax.tree.structure(shapes).unflatten(place(*one) for one in keyed)
@@ -98,6 +109,17 @@ def _folded(names, shape, leaf_shape, axes: MatrixAxes, spec) -> PartitionSpec:
             if shape[axis] in (size, -(-size // 2)):  # two 4-bit codes share a byte
                 entries[axis] = _merged(spec, members)
                 break
+    return PartitionSpec(*entries)
+
+
+def _spread(spec, shape, of_parameter, mesh) -> PartitionSpec:
+    """Spec with each mesh axis of the parameter's that it lacks, on the longest free axis that this one divides."""
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    names = lambda spec: [n for x in spec if x for n in (x if isinstance(x, tuple) else (x,))]
+    for name in names(of_parameter):
+        free = [i for i, x in enumerate(entries) if x is None and shape[i] % mesh.shape[name] == 0]
+        if free and name not in names(entries):
+            entries[max(free, key=lambda i: shape[i])] = name
     return PartitionSpec(*entries)
 
 

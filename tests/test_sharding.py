@@ -280,6 +280,27 @@ def test_state_shardings(mesh):
         assert all(jax.tree.leaves(stayed))
 
 
+def test_spread_state_has_no_copies():
+    """Each device holds its part of every array that divides, and steps are as before."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    params, grads = (jax.device_put(tree, shardings) for tree in (PARAMS, GRADS[0]))
+    tx = ol.galore(0.01, rank=4, fit=ol.svd())
+    places = ol.state_shardings(tx, params, shardings, spread=True)
+    state = jax.jit(tx.init, out_shardings=places)(params)
+    leaves = state.direction.inner_states["matrix"].inner_state.leaves
+    assert {path: leaf.basis.sharding.spec for path, leaf in leaves.items()} == {
+        "up": P(None, "x", None),
+        "down": P(None, "x", None),  # of axis 1, which the parameter does not split
+        "both": P(None, "y", "x"),
+        "stack": P("x", "y", None),
+    }
+    assert leaves["up"].rule.mu.sharding.spec == P(None, None, "x")
+    updates, _ = jax.jit(tx.update, out_shardings=(shardings, places))(grads, state, params)
+    one_device, _ = jax.jit(tx.update)(GRADS[0], tx.init(PARAMS), PARAMS)
+    assert_trees_close(jax.device_get(updates), jax.device_get(one_device), rtol=TOLERANCE)
+
+
 def test_state_shardings_of_large_and_awkward_arrays():
     """A Fisher history, codes and their scales, two sides, names of layers that are those of state fields."""
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
