@@ -332,6 +332,8 @@ def main(argv: Sequence[str] | None = None) -> list[Entry]:
         draw_front(entries, args.out / "front.png")
         return entries
 
+    if done:
+        write()
     for run in schedule(contenders, args.seeds, done):
         if run not in done:
             announce(run, done, total)
