@@ -289,8 +289,9 @@ def draw_losses(axes: Axes, shares: dict[str, float], entries: Sequence[Entry]) 
             e.name.removeprefix(e.optimizer).strip(" ,"),
             (100 * shares[e.name], np.mean(e.losses)),
         )
-        beside = (5, 4) if i % 2 else (5, -9)  # neighbours would write over each other
-        axes.annotate(text, at, beside, textcoords="offset points", fontsize=7)
+        # neighbours would write over each other
+        beside, to = ((5, 4), "left") if i % 2 else ((-5, -9), "right")
+        axes.annotate(text, at, beside, textcoords="offset points", fontsize=7, ha=to)
     ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
     least = min(1, *(80 * share for share in shares.values()))
     axes.set(xlabel="state, % of AdamW's", xscale="log")
