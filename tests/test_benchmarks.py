@@ -23,6 +23,7 @@ COLUMNS = {
     "temporaries": {"optimizer", "temporaries, MiB", "in largest matrices"},
     "state": {"optimizer", "bytes of arrays", "over 4 (m·r + 2·n·r)"},
     "fisher": {"history", "step, ms", "ratio"},
+    "exchange": {"optimizer", "step, MiB", "refit of all, MiB", "of AdamW's"},
 }
 
 
