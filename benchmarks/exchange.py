@@ -20,7 +20,7 @@ def exchange(options: Options) -> Table:
     """What data parallelism averages over devices, in float32; whole gradients are what AdamW exchanges."""
     size = QUICK if options.quick else M130
     whole = 4 * sum(m * n for m, n in all_shapes(size))
-    rows = [("optax.adamw", "", mib(whole), "", mib(whole), "100 %")]
+    rows = [("optax.adamw", "–", mib(whole), "–", mib(whole), "100 %")]
     for make in METHODS[::4] if options.quick else METHODS:
         for share in (8, 32):
             rank = max(1, size.hidden // share)
