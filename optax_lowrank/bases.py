@@ -142,8 +142,8 @@ class _DCT:
 def dct() -> Basis:
     """Bases of which r integers are stored: the columns of the m × m DCT that hold most of the gradient.
 
-    P = C[:, J] with J the r largest of the row norms of CᵀG. Made anew from J wherever they are used, m · r cosines a
-    use. For the argument `fit`.
+    P = C[:, J] with J the r largest of the row norms of CᵀG, which is as large as G. Made anew from J wherever they are
+    used, m · r cosines a use. For the argument `fit`.
 
     Returns:
       A fit that is its own store.

@@ -87,13 +87,6 @@ def randomized_svd(oversample: int = 8, power_iterations: int = 1) -> Fit:
     return _RandomizedSvd(oversample, power_iterations)
 
 
-def call_fit(fit: Fit, key: jax.Array, G: jax.Array | linalg.LinearOperator, P: jax.Array):
-    """`fit(key, G, P)`, with all of G in one place if the fit needs it."""
-    if isinstance(G, linalg.LinearOperator) and not getattr(fit, "by_products", False):
-        G = G.dense()
-    return fit(key, G, P)
-
-
 @dataclasses.dataclass(frozen=True)
 class _RandomizedSvd:
     oversample: int
@@ -264,6 +257,13 @@ class _AdaptiveRank:
         enough = tried & (lost <= self.max_residual_energy)
         rank = jnp.where(jnp.any(enough), ranks[jnp.argmax(enough)], P.shape[1])
         return jnp.where(ranks <= rank, P, 0)
+
+
+def call_fit(fit: Fit, key: jax.Array, G: jax.Array | linalg.LinearOperator, P: jax.Array):
+    """`fit(key, G, P)`, with all of G in one place if the fit needs it."""
+    if isinstance(G, linalg.LinearOperator) and not getattr(fit, "by_products", False):
+        G = G.dense()
+    return fit(key, G, P)
 
 
 def check_fit(fit):

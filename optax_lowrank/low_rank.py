@@ -120,8 +120,9 @@ def low_rank(
       geometry: what else happens to a matrix in full space, see `Geometry`.
       axis_name: inside `jax.shard_map`, the mesh axes along which gradients differ. The update is that of their mean,
         but what is averaged is R, r · n numbers a matrix, and at a refit the products of the fit, r + 8 columns or
-        rows at a time; ‖G‖² is the mean of the devices' own. A rule that weighs columns, and a fit that does not set
-        `by_products`, have the whole gradient averaged.
+        rows at a time. ‖G‖² is the mean of the devices' own, which is larger than that of their mean: by it
+        `adaptive_rank` keeps more columns, and `on_staleness` refits sooner. A rule that weighs columns, and a fit
+        that does not set `by_products`, have the whole gradient averaged.
 
     Returns:
       A transformation. Updates have the gradient's shape and dtype. Arithmetic is float32 or wider; of bfloat16

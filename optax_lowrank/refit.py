@@ -201,7 +201,7 @@ def _load(plan, matrices, stored, leaf, layer):
     return _pick(leaf, [of(x, old) for x, old in zip(matrices, stored, strict=True)])
 
 
-def _gradient(plan, matrices, leaf, layer, scale=1):
+def _gradient(plan, matrices, leaf, layer, scale):
     """One matrix's gradient, or the geometry's, divided by `scale`: `apply(f, *operands)` is f(G, *operands).
 
     Of leaves of one shape, which a mesh may hold in different ways, only what f makes of a matrix travels; and so it is
