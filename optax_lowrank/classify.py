@@ -10,11 +10,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from optax_lowrank.tables import Table, table
 from optax_lowrank.views import (
     MatrixAxes,
     MatrixView,
     Shape,
     belongs_to,
+    equal_leaves,
     flatten_by_path,
     sides_of,
 )
@@ -389,7 +391,7 @@ def describe(
     *,
     rank: Rank | None = None,
     side: Literal["short", "long", "both"] = "short",
-) -> str:
+) -> Table:
     """A table for people: each leaf's path, shape and view, whether it is projected, and the rule that said so.
 
     The rules are those of `matrix_axes`. With `rank` also the matrices that are too small for it are dense, as in
@@ -403,7 +405,8 @@ def describe(
         side: which side is projected; `m` is its size.
 
     Returns:
-        Lines of text, one a leaf, and the share of parameters that are projected.
+        Lines of text, an HTML table in a notebook: one line a leaf, or a group of leaves (`layers/*/kernel`) with their
+        count where paths differ only in numbers, and the share of parameters that are projected.
 
     Raises:
         TypeError, ValueError: see `matrix_axes`; `rank` is no rank, or a pattern of it matches no matrix.
@@ -422,8 +425,7 @@ def describe(
         if axes is not None
     }
     ranks = {} if rank is None else ranks_by_path(views, rank, strict=True)
-    rows = [("leaf", "shape", "b × m × n", "axes b | m | n", "treatment", "why")]
-    projected = []
+    lines, projected = {}, []
     for path, (_, why) in decisions.items():
         treatment = "dense"
         if path in views:
@@ -435,13 +437,17 @@ def describe(
                     "projected" if rank is None or isinstance(rank, int) else f"rank {ranks[path]}"
                 )
                 projected.append(path)
-        rows.append((path, str(shapes[path]), *_geometry(views.get(path)), treatment, why))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines[path] = (str(shapes[path]), *_geometry(views.get(path)), treatment, why)
+    groups = equal_leaves(lines, lines.get)
+    rows = [("leaf", "count", "shape", "b × m × n", "axes b | m | n", "treatment", "why")]
+    rows += [(name, f"{len(paths):,}", *lines[paths[0]]) for name, paths in groups.items()]
+    numbers = [1]
+    if len(groups) == len(lines):
+        rows, numbers = [(name, *line) for name, _, *line in rows], []
     total, part = (sum(math.prod(shapes[path]) for path in paths) for paths in (shapes, projected))
     share = 100 * part / max(total, 1)  # no parameters: 0 of 0 is 0 %
     counts = f"{len(projected)} of {len(shapes)} leaves projected: {part:,} of {total:,} parameters"
-    return "\n".join([*lines, f"{counts} ({share:.1f} %)."])
+    return table(rows, numbers, foot=f"{counts} ({share:.1f} %).")
 
 
 def _geometry(view: MatrixView | None) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_lowrank
+from optax_lowrank.tables import Table, Tabular, table
 
 METHODS = ("galore", "fira", "natural_galore", "gradnormlorp", "apollo", "low_rank_muon")
 LAYERS = r"(?i)(?:^|/)(?:layers?|blocks?|h)(?:[/_](\d+))?(?:/|$)"
@@ -39,8 +40,8 @@ class PlanRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What `plan` returns; `str()` is a table."""
+class Plan(Tabular):
+    """What `plan` returns; shown as a table, by `str()` and in a notebook."""
 
     budget: int  # bytes
     rows: tuple[PlanRow, ...]
@@ -52,7 +53,7 @@ class Plan:
         worth = lambda row: (rank(row), row.bits or 32, not row.layerwise)
         return max((row for row in self.rows if row.fits), key=worth, default=None)
 
-    def __str__(self):
+    def _table(self) -> Table:
         head = ("method", "rank", "bits", "step", "weights", "state", "gradients", "temporaries")
         cells = [(*head, "sum, GiB", f"fits {_gib(self.budget)}")]
         for row in self.rows:
@@ -61,12 +62,7 @@ class Plan:
             named = (row.method, f"{row.rank or '-'}", f"{row.bits or '-'}", way)
             best = " (best)" if row is self.best else ""
             cells.append((*named, *map(_gib, sizes), f"{'yes' if row.fits else 'no'}{best}"))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        line = lambda row: "  ".join(
-            text.rjust(width) if 4 <= i <= 8 else text.ljust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        return "\n".join(map(line, cells))
+        return table(cells, numbers=(1, 2, 4, 5, 6, 7, 8))
 
 
 def plan(

@@ -1,17 +1,18 @@
 """What an optimizer state holds: diagnostics of the bases, bytes of everything."""
 
 import dataclasses
-import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_lowrank.low_rank import LowRankState
 from optax_lowrank.refit import TwoSided
 from optax_lowrank.refresh import Statistics, positions
-from optax_lowrank.views import flatten_by_path, owned_leaves
+from optax_lowrank.tables import Table, Tabular, table
+from optax_lowrank.views import equal_leaves, flatten_by_path, owned_leaves
 
 
 class LeafDiagnostics(NamedTuple):
@@ -25,7 +26,80 @@ class LeafDiagnostics(NamedTuple):
     )  # int32, steps with a gradient that was not finite or no use for a refit that was due
 
 
-def diagnostics(state) -> dict[str, LeafDiagnostics]:
+class Diagnostics(Tabular, dict[str, LeafDiagnostics]):
+    """What `diagnostics` returns: a dict by path, shown as a table by `str()` and in a notebook; a pytree."""
+
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """Flat names and plain floats, as trackers of experiments take them.
+
+        - W&B: `wandb.log(diagnostics(state).scalars("optimizer/"), step=step)`
+        - TensorBoard: `for name, x in diagnostics(state).scalars().items(): writer.add_scalar(name, x, step)`
+
+        Args:
+          prefix: put before each name.
+
+        Returns:
+          `path/rank`, `path/captured_energy`, `path/steps_since_refresh` and `path/skips` of every leaf, and of all
+          matrices together as `all/rank`, ...: means over the matrices, of `skips` the sum. What is not known of any
+          of them has no entry: the rank of a basis that is not stored, and all but `skips` before the first refit.
+
+        Example:
+          >>> import jax.numpy as jnp, optax_lowrank as ol
+          >>> tx = ol.galore(1e-3, rank=2)
+          >>> params = {"layers": jnp.ones((3, 8, 8))}
+          >>> _, state = tx.update(params, tx.init(params), params)
+          >>> scalars = ol.diagnostics(state).scalars("optimizer/")
+          >>> scalars["optimizer/layers/rank"], scalars["optimizer/all/skips"]
+          (2.0, 0.0)
+        """
+        measured = {path: _known(leaf) for path, leaf in jax.device_get(self).items()}
+        found = {}
+        for path, leaves in [(path, [leaf]) for path, leaf in measured.items()] + [
+            ("all", [*measured.values()])
+        ]:
+            for field in LeafDiagnostics._fields:
+                values = np.concatenate([getattr(leaf, field) for leaf in leaves] or [np.zeros(0)])
+                if values.size:
+                    of_all = values.sum() if field == "skips" else values.mean()
+                    found[f"{prefix}{path}/{field}" if path else prefix + field] = float(of_all)
+        return found
+
+    def _table(self) -> Table:
+        measured = {path: _known(leaf) for path, leaf in jax.device_get(self).items()}
+        rows = [("leaf", "matrices", "rank", "captured energy", "steps since refresh", "skips")]
+        for name, paths in equal_leaves(measured).items():
+            of = LeafDiagnostics(
+                *map(np.concatenate, zip(*(measured[path] for path in paths), strict=True))
+            )
+            ranges = [_range(values) for values in of[:3]]
+            rows.append((name, f"{of.skips.size:,}", *ranges, f"{of.skips.sum():,}"))
+        return table(rows, numbers=range(1, 6))
+
+
+jax.tree_util.register_pytree_with_keys(
+    Diagnostics,
+    lambda x: ([(jax.tree_util.DictKey(path), leaf) for path, leaf in x.items()], tuple(x)),
+    lambda paths, leaves: Diagnostics(zip(paths, leaves, strict=True)),
+)
+
+
+def _known(leaf: LeafDiagnostics) -> LeafDiagnostics:
+    """What is known of each matrix of a leaf, on the host."""
+    fields = LeafDiagnostics(*map(np.ravel, leaf))
+    fitted = fields.steps_since_refresh >= 0
+    known = (fields.rank >= 0) & fitted, fitted, fitted, np.ones_like(fitted)
+    return LeafDiagnostics(*(x[which] for x, which in zip(fields, known, strict=True)))
+
+
+def _range(values) -> str:
+    """`8`, `8 to 32`, or `-` for nothing."""
+    shown = [f"{x:.3f}" if isinstance(x, np.floating) else f"{x:,}" for x in np.sort(values)]
+    if not shown:
+        return "-"
+    return shown[0] if shown[0] == shown[-1] else f"{shown[0]} to {shown[-1]}"
+
+
+def diagnostics(state) -> Diagnostics:
     """Rank, captured energy, age and skips of every basis in an optimizer state.
 
     Args:
@@ -33,7 +107,8 @@ def diagnostics(state) -> dict[str, LeafDiagnostics]:
         `inject_hyperparams`, `nnx.Optimizer`. May be traced.
 
     Returns:
-      Dict by path of the leaf; of a two-sided projection the first basis.
+      Dict by path of the leaf, shown as a table; of a two-sided projection the first basis. Its `scalars()` are
+      for W&B and TensorBoard.
 
     Example:
       >>> import jax.numpy as jnp, optax_lowrank as ol
@@ -44,7 +119,7 @@ def diagnostics(state) -> dict[str, LeafDiagnostics]:
       >>> report.rank.tolist(), round(float(report.captured_energy[0]), 2)
       ([2], 0.25)
     """
-    found = {}
+    found = Diagnostics()
     for x in low_rank_states(state):
         # a leaf at a time, since wrappers such as nnx box the arrays
         stats, (count,) = Statistics(*jax.tree.leaves(x.stats)), jax.tree.leaves(x.count)
@@ -84,7 +159,7 @@ def low_rank_states(state) -> list[LowRankState]:
 
 
 class GroupMemory(NamedTuple):
-    """Bytes of the leaves whose paths differ only in numbers."""
+    """Bytes of the leaves of one shape and treatment whose paths differ only in numbers."""
 
     leaves: int
     projected: bool
@@ -94,10 +169,10 @@ class GroupMemory(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryReport:
-    """Bytes, exact, of parameters and optimizer state; `str()` is a table."""
+class MemoryReport(Tabular):
+    """Bytes, exact, of parameters and optimizer state; shown as a table, by `str()` and in a notebook."""
 
-    groups: dict[str, GroupMemory]  # by path, numbers replaced by *
+    groups: dict[str, GroupMemory]  # by path, numbers in which leaves differ replaced by *
     counters: int  # step counts, statistics, norms: everything that is at most one number a matrix
 
     @property
@@ -125,43 +200,21 @@ class MemoryReport:
         """Bytes of the state of `optax.adamw` on the same parameters."""
         return sum(group.adamw for group in self.groups.values())
 
-    def __str__(self):
+    def _table(self) -> Table:
         size = lambda n: f"{n:,}"
         percent = lambda n, of: f"{100 * n / of:.1f} %" if of else "-"
         rows = [("leaves", "", "count", "parameters", "optimizer state", "AdamW's", "ratio")]
         for name, g in self.groups.items():
             kind = "projected" if g.projected else "dense"
-            ratio = percent(g.arrays, g.adamw)
-            rows.append(
-                (
-                    name,
-                    kind,
-                    size(g.leaves),
-                    size(g.parameters),
-                    size(g.arrays),
-                    size(g.adamw),
-                    ratio,
-                )
-            )
-        rows.append(("counters and statistics", "", "", "", size(self.counters), "", ""))
-        ratio = percent(self.state, self.adamw)
-        rows.append(
-            (
-                "total bytes",
-                "",
-                "",
-                size(self.parameters),
-                size(self.state),
-                size(self.adamw),
-                ratio,
-            )
-        )
-        rows.append(("gradients", "", "", size(self.gradients), "", "", ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        line = lambda row: "  ".join(
-            [*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]
-        ).rstrip()
-        return "\n".join(map(line, rows))
+            sizes = map(size, (g.leaves, g.parameters, g.arrays, g.adamw))
+            rows.append((name, kind, *sizes, percent(g.arrays, g.adamw)))
+        sizes = map(size, (self.parameters, self.state, self.adamw))
+        rows += [
+            ("counters and statistics", "", "", "", size(self.counters), "", ""),
+            ("total bytes", "", "", *sizes, percent(self.state, self.adamw)),
+            ("gradients", "", "", size(self.gradients), "", "", ""),
+        ]
+        return table(rows, numbers=range(2, 7))
 
 
 def memory_report(tx: optax.GradientTransformation, params, state: Any = None) -> MemoryReport:
@@ -193,17 +246,19 @@ def memory_report(tx: optax.GradientTransformation, params, state: Any = None) -
             counters += _bytes(x)
         else:
             arrays[path] += _bytes(x)
+    alike = lambda path: (leaves[path].shape, leaves[path].dtype, path in bases)
     groups = {}
-    for path, leaf in leaves.items():
-        name = re.sub(r"(?<=/)\d+(?=/)|^\d+(?=/)", "*", path)
-        adamw = sum(
-            map(_bytes, jax.tree.leaves(jax.eval_shape(optax.scale_by_adam().init, leaf)[1:]))
+    for name, paths in equal_leaves(leaves, alike).items():
+        leaf, count = leaves[paths[0]], len(paths)
+        moments = jax.tree.leaves(jax.eval_shape(optax.scale_by_adam().init, leaf)[1:])
+        groups[name] = GroupMemory(
+            leaves=count,
+            projected=paths[0] in bases,
+            parameters=count * _bytes(leaf),
+            arrays=sum(arrays[path] for path in paths),
+            adamw=count * sum(map(_bytes, moments)),
         )
-        measured = GroupMemory(1, path in bases, _bytes(leaf), arrays[path], adamw)
-        old = groups.get((name, measured.projected), GroupMemory(0, measured.projected, 0, 0, 0))
-        sums = (a + b for a, b in zip(old[2:], measured[2:], strict=True))
-        groups[name, measured.projected] = GroupMemory(old.leaves + 1, measured.projected, *sums)
-    return MemoryReport({name: group for (name, _), group in groups.items()}, counters)
+    return MemoryReport(groups, counters)
 
 
 def _bytes(x) -> int:

@@ -8,7 +8,9 @@ package knows left from right.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Literal, Self
 
 import jax
@@ -58,6 +60,27 @@ def flatten_by_path(tree, is_leaf=None) -> tuple[dict[str, Any], Any]:
             )
         leaves[path] = leaf
     return leaves, jax.tree.structure(tree, is_leaf)
+
+
+_NUMBER = re.compile(r"(?<![^/_])\d+(?=/)")  # of `layers/3/kernel`, `layers_3/kernel`
+
+
+def equal_leaves(
+    paths: Iterable[str], what: Callable[[str], Hashable] = lambda path: None
+) -> dict[str, list[str]]:
+    """Groups by name of the leaves whose paths differ only in numbers and that are the same by `what`.
+
+    A group is called `layers/*/kernel`, or, where several would be called so, by its first leaf and its last.
+    """
+    groups: dict[tuple, list[str]] = {}
+    for path in paths:
+        groups.setdefault((_NUMBER.sub("*", path), what(path)), []).append(path)
+    named = Counter(name for name, _ in groups)
+    name_of = lambda name, group: name if named[name] == 1 else f"{group[0]} … {group[-1]}"
+    return {
+        group[0] if len(group) == 1 else name_of(name, group): group
+        for (name, _), group in groups.items()
+    }
 
 
 def belongs_to(node, library: str, *classes: str) -> bool:
