@@ -180,6 +180,8 @@ class Book:
     bits: int
     block_size: int
 
+    # Jitted, they are traced once a shape, and an eager `init` does not compile their hundred operations one by one.
+    @functools.partial(jax.jit, static_argnames=("self", "signed"))
     def encode(
         self, x: jax.Array, signed: bool = True, noise: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
@@ -189,6 +191,7 @@ class Book:
         unit, scale = in_blocks(x, self.block_size)
         return _in_pairs(_nearest_of_16(unit, _sixteen(signed), noise)), scale
 
+    @functools.partial(jax.jit, static_argnames=("self", "signed", "axis"))
     def decode(
         self, codes: jax.Array, scale: jax.Array, signed: bool = True, axis: int = -1
     ) -> jax.Array:
