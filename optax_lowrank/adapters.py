@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optax_lowrank import checks
 from optax_lowrank.classify import axes_by_path
 from optax_lowrank.views import MatrixView, flatten_by_path
 
@@ -24,8 +25,10 @@ def init(
     """An adapter for every matrix of `params`; merged as it is, it changes nothing.
 
     I is normal with variance 2 / m (Kaiming), J = 0 and M = ‖W₀‖. Optimizers of this library see I and J as matrices
-    and the magnitude as dense. A rank below ρ projects the factors; project their long side (`side="long"`): the other
-    has only ρ rows. As J = 0, the first gradient of I is zero: its basis waits for the next one.
+    and the magnitude as dense. A rank below ρ projects the factors, on their short side, of ρ, as the default
+    `side="short"` does: what lasts of their gradients lasts there. A basis of the long side has as few columns as a
+    single gradient has, and fits that gradient and no later one. As J = 0, the first gradient of I is zero: its basis
+    waits for the next one.
 
     Args:
       params: a tree of weights, boxed or not: `nnx.split(model, nnx.Param)`, Linen variables, dicts.
@@ -51,10 +54,8 @@ def init(
 
     Reference: Huang et al., arXiv:2412.19616; He et al., arXiv:1502.01852, for the variance.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise TypeError(f"`rank` must be an int, got {rank!r}.")
-    if rank < 1:
-        raise ValueError(f"`rank` must be positive, got {rank}.")
+    checks.integer("rank", rank, 1)
+    checks.arrays(params)
     leaves, _ = flatten_by_path(params)
     views = {
         path: MatrixView.of(leaves[path].shape, found, "reduction")

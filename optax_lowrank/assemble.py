@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowrank import checks
 from optax_lowrank.classify import Rank, axes_by_path, describe, ranks_by_path
 from optax_lowrank.low_rank import LowRankState
 from optax_lowrank.refresh import positions
@@ -48,11 +49,13 @@ def assemble(
       before.
 
     Args:
-      matrix: transformation of the matrix leaves, `low_rank(...)` or a chain with it.
+      matrix: transformation of the matrix leaves, `low_rank(...)` or a chain with it. No learning rate in it, or steps
+        go uphill: `low_rank(optax.adam(1e-3), ...)` is an optimizer of matrices by itself, and `assemble` takes
+        `low_rank(optax.scale_by_adam(), ...)`.
       learning_rate: η, a number or a schedule.
       rank: as in `low_rank`; matrices with a side no longer than this save nothing by projection, and are dense.
       inner: direction of the dense leaves, `optax.scale_by_adam()` by default; its moments are float32 even where the
-        parameters are bfloat16. No learning rate in it: `optax.sgd` would step uphill.
+        parameters are bfloat16. No learning rate in it: `optax.sgd` would step uphill, and is refused.
       dense: a complete transformation of the dense leaves, with its own rate and decay, in place of `inner`, η and λ.
       axes: overrides of `matrix_axes`; a pattern that matches no leaf is an error.
       weight_decay: λ.
@@ -65,7 +68,8 @@ def assemble(
       A transformation; `update` needs `params` only if something decays.
 
     Raises:
-      TypeError, ValueError: `dense` is no transformation (here); overrides do not fit the parameters (`init`).
+      TypeError, ValueError: an argument is no transformation, number or mask (here); `dense` steps uphill or `inner`
+        holds a learning rate, overrides or mask do not fit the parameters (`init`); gradients and parameters differ.
 
     Warns:
       UserWarning: not a single leaf is projected (`init`).
@@ -77,7 +81,13 @@ def assemble(
       >>> list(ol.diagnostics(state))
       ['kernel']
     """
-    _check_transformations(inner=inner, dense=dense)
+    checks.rate("learning_rate", learning_rate)
+    checks.number("weight_decay", weight_decay, 0)
+    checks.transformation("matrix", matrix)
+    if dense is not None:
+        dense = checks.probed("dense", dense, downhill=True)
+    if inner is not None:
+        inner = checks.probed("inner", inner, downhill=False)
     rest = _summed((inner or optax.scale_by_adam()) if dense is None else dense, accumulate)
     rest = _in_float32(rest) if dense is None else rest
     finished_here = {"matrix": not owns_learning_rate, "dense": dense is None}
@@ -86,7 +96,10 @@ def assemble(
     never_decays = isinstance(weight_decay, (int, float)) and weight_decay == 0
 
     def init(params):
+        checks.arrays(params)
         if _is_whole(params):
+            if not (never_decays and callable(mask)):
+                _decaying(mask, params)  # raises if it does not fit
             axes_by_path(params, axes)  # raises if overrides do not fit
             if "matrix" not in jax.tree.leaves(labels(params)):
                 dense_only = "no leaf is projected: this is an optimizer of dense leaves."
@@ -94,9 +107,12 @@ def assemble(
         return OptimizerState(direction.init(params), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
+        checks.state(state, OptimizerState)
+        checks.alike(updates, params)
         parts = flatten_by_path(labels(updates))[0]
         updates = _dense_averaged(updates, parts, axis_name)
-        out, new = direction.update(updates, state.direction, params, **extra)
+        with checks.noted("`update` takes gradients of the parameters that `init` was called for."):
+            out, new = direction.update(updates, state.direction, params, **extra)
         scheduled, decay = callable(learning_rate), weight_decay
         rate = learning_rate(state.count // accumulate) if scheduled else learning_rate
         if accumulate > 1:
@@ -120,12 +136,6 @@ def assemble(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_transformations(**parts):
-    for name, part in parts.items():
-        if part is not None and not (hasattr(part, "init") and hasattr(part, "update")):
-            raise TypeError(f"`{name}` must be an Optax transformation, got {part!r}.")
-
-
 def _labels(tree, axes, rank):
     """A tree like this one of "matrix", where projection saves something, and "dense"."""
     leaves, treedef = flatten_by_path(tree)
@@ -147,7 +157,7 @@ def _summed(dense, k):
     if k == 1:
         return dense
     of_mean = optax.chain(optax.scale(1 / k), dense)
-    steps = optax.MultiSteps(of_mean, k, use_grad_mean=False)
+    steps = optax.MultiSteps(of_mean, int(k), use_grad_mean=False)
     return optax.GradientTransformationExtraArgs(steps.init, steps.update)
 
 
@@ -155,7 +165,7 @@ def _is_whole(params):
     """Whether this is a tree of parameters, and not a part of one or none."""
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     leaves = jax.tree.leaves(params, is_leaf=is_masked)
-    return bool(leaves) and all(not is_masked(x) and hasattr(x, "shape") for x in leaves)
+    return bool(leaves) and not any(map(is_masked, leaves))
 
 
 def _decaying(mask, params) -> dict[str, jax.Array]:
@@ -165,9 +175,16 @@ def _decaying(mask, params) -> dict[str, jax.Array]:
             "`weight_decay` needs the weights: call `tx.update(grads, state, params)`."
         )
     chosen = mask(params) if callable(mask) else True if mask is None else mask
-    whole = jax.tree.map(
-        lambda choice, part: jax.tree.map(lambda _: bool(choice), part), chosen, params
-    )
+    kind = "`mask` must be a tree of bools like the parameters, or a function of them"
+    for choice in jax.tree.leaves(chosen):
+        if choice not in (True, False):
+            raise TypeError(f"{kind}; it has {checks.shown(choice)}.")
+    try:
+        whole = jax.tree.map(
+            lambda choice, part: jax.tree.map(lambda _: bool(choice), part), chosen, params
+        )
+    except ValueError as error:
+        raise ValueError(f"{kind}; {error}") from error
     chosen, weights = flatten_by_path(whole)[0], flatten_by_path(params)[0]
     return {path: W for path, W in weights.items() if chosen.get(path)}
 

@@ -8,8 +8,10 @@ adapter, that its output is the vocabulary of an embedding.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
+from optax_lowrank import checks
 from optax_lowrank.tables import Table, table
 from optax_lowrank.views import (
     MatrixAxes,
@@ -192,10 +194,12 @@ def _overridden(paths: Iterable[str], overrides, strict: bool) -> dict[str, _Dec
         return {
             path: _Decision(overrides[key], f"override {key!r}") for path, key in matches.items()
         }
-    given, _ = flatten_by_path(overrides, is_leaf=_is_axes)
+    is_pair = lambda x: type(x) is tuple and bool(x) and all(map(checks.is_integer, x))
+    given, _ = flatten_by_path(overrides, is_leaf=lambda x: _is_axes(x) or is_pair(x))
     for path, axes in given.items():
         if not _is_axes(axes):
-            raise ValueError(f"the override of leaf {path!r} is {axes!r}; give MatrixAxes or None.")
+            wrong = f"the override of leaf {path!r} is {checks.shown(axes)}"
+            raise ValueError(f"{wrong}; give MatrixAxes or None, as `MatrixAxes(0, 1)`.")
     missing = [path for path in paths if path not in given]
     extra = [path for path in given if path not in paths] if strict else []
     if missing or extra:
@@ -335,12 +339,13 @@ def check_rank(rank: Rank) -> None:
     for pattern, value in rank.items() if isinstance(rank, Mapping) else [(None, rank)]:
         where = "" if pattern is None else f" for {pattern!r}"
         is_pattern = pattern is None or isinstance(pattern, str)
-        is_share = isinstance(value, float) and 0 < value < 1
-        is_int = isinstance(value, int) and not isinstance(value, bool)
+        is_int = checks.is_integer(value)
+        is_share = not is_int and isinstance(value, Real) and 0 < value < 1
         if not is_pattern or not (is_int or is_share):
             raise TypeError(
-                f"`rank` must be an int, got {value!r}{where}. Keep it static under `optax.inject_hyperparams`; a "
-                "share of the projected side is a float in (0, 1), ranks by leaf are a dict {regex: int or share}."
+                f"`rank` must be an int, got {checks.shown(value)}{where}. Keep it static under "
+                "`optax.inject_hyperparams`; a share of the projected side is a float in (0, 1), ranks by leaf are a "
+                "dict {regex: int or share}."
             )
         if is_int and value < 1:
             raise ValueError(f"`rank` must be positive, got {value}{where}.")
@@ -379,7 +384,7 @@ def ranks_by_path(
 
 
 def _absolute(rank: int | float, m: int) -> int:
-    return max(8, 8 * round(rank * m / 8)) if isinstance(rank, float) else rank
+    return int(rank) if checks.is_integer(rank) else max(8, 8 * round(float(rank) * m / 8))
 
 
 # -------------------------------------------------------------------------------------------------------- describe
@@ -418,6 +423,8 @@ def describe(
         q/kernel  (8, 2, 4)  1 × 8 × 8  - | 0 | 1,2     projected  attention input
         1 of 2 leaves projected: 64 of 72 parameters (88.9 %).
     """
+    if hasattr(params, "update") and hasattr(params, "init"):
+        raise TypeError("`params` must be parameters, got an optimizer: give `params, rank=...`.")
     decisions, shapes = _decide(params, overrides, strict=True)
     views = {
         path: MatrixView.of(shapes[path], axes, side)
@@ -433,9 +440,8 @@ def describe(
             if ranks.get(path, 0) == min(view.m, view.n):
                 why = "min(m, n) <= rank"
             else:
-                treatment = (
-                    "projected" if rank is None or isinstance(rank, int) else f"rank {ranks[path]}"
-                )
+                alike = rank is None or checks.is_integer(rank)
+                treatment = "projected" if alike else f"rank {ranks[path]}"
                 projected.append(path)
         lines[path] = (str(shapes[path]), *_geometry(views.get(path)), treatment, why)
     groups = equal_leaves(lines, lines.get)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from optax_lowrank import linalg
+from optax_lowrank import checks, linalg
 from optax_lowrank.walls import cond, vary_alike
 
 Fit = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -219,15 +219,10 @@ def adaptive_rank(
     Reference: Refael et al. (AdaRankGrad), arXiv:2410.17881, which searches by bisection with a new sketch for each
       probe and prints the supremum of the admissible ranks where the minimum is meant.
     """
-    for name, value in (
-        ("max_residual_energy", max_residual_energy),
-        ("min_rank", min_rank),
-        ("rank_step", rank_step),
-    ):
-        low, high = (0, 1) if name == "max_residual_energy" else (1, float("inf"))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            raise ValueError(f"`{name}` must be in [{low}, {high}], got {value}.")
-
+    checks.number("max_residual_energy", max_residual_energy, 0, 1)
+    checks.number("min_rank", min_rank, 1)
+    checks.number("rank_step", rank_step, 1)
+    check_fit(fit)
     adapted = _AdaptiveRank(fit, max_residual_energy, min_rank, rank_step)
     try:
         hash(adapted)
@@ -272,8 +267,10 @@ def check_fit(fit):
     Raises:
       TypeError: it is neither, or a function that makes one and was not called.
     """
-    if isinstance(fit, type) or not (callable(fit) or hasattr(fit, "implicit")):
-        raise TypeError(f"`fit` must be a fit such as `svd()`, got {fit!r}.")
     if inspect.isfunction(fit) and fit.__module__.startswith("optax_lowrank."):
         raise TypeError(f"`fit` must be called: `fit={fit.__name__}()`.")
+    is_fit = callable(fit) and not isinstance(fit, type) and checks.takes(fit, 3)
+    if not (is_fit or hasattr(fit, "implicit")):
+        got = checks.shown(fit)
+        raise TypeError(f"`fit` must be a fit such as `svd()`, got {got}: no `(key, G, P) -> P`.")
     return fit

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowrank import checks
+
 
 def subspace_ratio(
     N: jax.Array, R: jax.Array, columns: jax.Array, m: int, axis: int | None = 0
@@ -30,14 +32,6 @@ def subspace_ratio(
     # columns that the basis does not use have no share in it
     r = jnp.sum(jnp.any(R != 0, axis=1)).astype(R.dtype)
     return length(N) / (jnp.maximum(length(R), jnp.sqrt(r / (4 * m)) * whole) + 1e-8)
-
-
-def check_limit(limit: jax.typing.ArrayLike) -> None:
-    """Raises ValueError where `limit` would stop the update for good."""
-    if isinstance(limit, (int, float)) and not limit >= 1:
-        raise ValueError(
-            f"`limit` must be at least 1, got {limit}: a smaller one stops the update for good."
-        )
 
 
 def limited(
@@ -66,7 +60,7 @@ def limit_norm_growth(
     leaves the stored norm alone.
 
     Args:
-      limit: γ ≥ 1.
+      limit: γ ≥ 1; a smaller one would stop the update for good.
       batch_axes: how many leading axes are batch axes, each entry with a norm of its own.
 
     Returns:
@@ -89,7 +83,7 @@ def limit_norm_growth(
     Reference: Chen et al. (Fira), arXiv:2410.01623, equation 8. The authors' code keeps a norm of 0 or NaN as
       "previous" for good.
     """
-    check_limit(limit)
+    checks.number("limit", limit, 1)
 
     def init(params):
         return NormGrowthState(

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_lowrank import checks
 from optax_lowrank.bases import Basis, BasisStore, Fitted, InDtype
 from optax_lowrank.classify import Rank, axes_by_path, check_rank, ranks_by_path
 from optax_lowrank.fits import Fit, check_fit, randomized_svd
@@ -143,6 +144,8 @@ def low_rank(
       ours.
     """
     check_rank(rank)
+    checks.number("scale", scale)
+    checks.integer("seed", seed)
     if side not in get_args(Side):
         raise ValueError(f'`side` must be "short", "long" or "both", got {side!r}.')
     rule, fit = as_rule(rule), randomized_svd() if fit is None else check_fit(fit)
@@ -185,6 +188,7 @@ class _Core:
     # ------------------------------------------------------------------------------------------------------ the tree
 
     def init(self, params):
+        checks.arrays(params)
         views, leaves, _ = self.views_of(params)
         count = jnp.zeros([], jnp.int32)
         if not views:
@@ -206,6 +210,8 @@ class _Core:
         )
 
     def update(self, updates, state, params=None, **extra):
+        checks.state(state, LowRankState)
+        checks.alike(updates, params)
         if not self.reads_weights:
             params = None
         elif params is None:
@@ -237,9 +243,10 @@ class _Core:
         out, leaves, numbers, before = {}, {}, {}, None
         for path, matrix in matrices.items():
             refreshed = new.stored[path], new.turn[path], new.fitted[places[path]]
-            out[path], leaves[path], numbers[path] = before, *_ = update_leaf(
-                matrix, *refreshed, before
-            )
+            with checks.noted(_note(path, matrix.view)):
+                out[path], leaves[path], numbers[path] = before, *_ = update_leaf(
+                    matrix, *refreshed, before
+                )
         energy, total, finite = map(
             jnp.concatenate, zip(*(numbers[p] for p in places), strict=True)
         )
@@ -282,6 +289,10 @@ class _Core:
             leaf = state.leaves[path]
             rank = self.plan.basis.rank(leaf.basis.P if self.plan.two_sided else leaf.basis)
             rank = ranks[path] if rank is None else rank  # what `resize` has made of it
+            want = jax.eval_shape(lambda: self.bases(view, rank, wide(grads[path])))
+            there, here = ([x.shape for x in jax.tree.leaves(y)] for y in (leaf.basis, want))
+            if there != here:
+                raise ValueError(f"bases are {there}, and should be {here}. {_note(path, view)}")
             last_fit = state.stats.last_fit[places[path]]
             return Matrix(view, rank, hashed(path), grads[path], weights.get(path), leaf, last_fit)
 
@@ -291,20 +302,23 @@ class _Core:
 
     def start(self, view, r, dtype, coded=None) -> Leaf:
         """The state of one leaf before the first step; `coded` of `Asked`."""
-        stack = lambda make: repeated(lambda _: make(), (), dtype, (view.batch,))
-        basis = stack(lambda: self.plan.basis.init(view.m, r, dtype))
-        if self.plan.two_sided:
-            basis = TwoSided(basis, stack(lambda: self.plan.basis.init(view.n, r, dtype)))
 
         def begin(R):
             return self.rule.init(R if coded is None else Asked(R.shape, R.dtype, r, coded))
 
         state = repeated(begin, (r, r if self.plan.two_sided else view.n), dtype, (view.batch,))
+        leaf = Leaf(self.bases(view, r, dtype), state)
         if self.geometry is None:
-            return Leaf(basis, state)
+            return leaf
         W = jax.ShapeDtypeStruct((view.m, view.n), dtype)
-        outer = stack(lambda: self.geometry.init(W, view.sum_axis))
-        return Leaf(basis, state, outer)
+        outer = lambda _: self.geometry.init(W, view.sum_axis)
+        return leaf._replace(geometry=repeated(outer, (), dtype, (view.batch,)))
+
+    def bases(self, view, r, dtype):
+        """What is stored of the bases of one leaf before the first step."""
+        one = lambda size: lambda _: self.plan.basis.init(size, r, dtype)
+        stack = lambda size: repeated(one(size), (), dtype, (view.batch,))
+        return TwoSided(stack(view.m), stack(view.n)) if self.plan.two_sided else stack(view.m)
 
     def update_leaf(self, told, x: Matrix, stored, turn, fitted, before):
         """The update of one leaf in the bases of this step, and its new state; not before the array `before` is there.
@@ -433,6 +447,13 @@ def _view(path, leaf, axes, side) -> MatrixView:
             f"`low_rank` projects real floating-point leaves; leaf {path!r} is {leaf.dtype}."
         )
     return MatrixView.of(leaf.shape, axes, side)
+
+
+def _note(path, view):
+    return (
+        f"It is leaf {path!r} of shape {view.shape}. Gradients and state must be of the parameters that `init` was "
+        "called for; a state from after `compact` is restored into `abstract_state(tx, params, metadata)`."
+    )
 
 
 def _check_same_leaves(views, state):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import jax
 import optax
 
+from optax_lowrank import checks
 from optax_lowrank.assemble import assemble
 from optax_lowrank.bases import Basis, BasisStore, InCodes, InDtype
 from optax_lowrank.classify import Rank, check_rank
@@ -29,6 +31,11 @@ StateBits = Literal[8, 4] | Mapping[str, Any] | None
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Options:
     """Options of every optimizer.
+
+    Where Optax has a name for one, this is it; the core has a shorter one of its own. `update_proj_gap` here is
+    `refresh` in `low_rank`, `weight_dimension_numbers` is `axes` in `low_rank`, `assemble` and `adapters.init`
+    (`overrides` in `matrix_axes` and `describe`), and `base_optimizer` of `galore` is `rule` in `low_rank` and `inner`
+    in `assemble`.
 
     Args:
       rank: r, an int; a share of the projected side in (0, 1), rounded to a multiple of 8; or a dict {regex: int or
@@ -82,17 +89,16 @@ class Options:
         as_policy(self.update_proj_gap)
         if self.fit is not None:
             check_fit(self.fit)
+        for name in ("scale", "eps", "weight_decay"):
+            checks.number(name, getattr(self, name), 0)
+        for name in ("b1", "b2"):
+            checks.number(name, getattr(self, name), 0, below=1)
+        checks.dtype("mu_dtype", self.mu_dtype)
+        if self.dense_learning_rate is not None:
+            checks.rate("dense_learning_rate", self.dense_learning_rate)
         if self.dense is not None and self.dense_learning_rate is not None:
             raise ValueError(
                 "give `dense` or `dense_learning_rate`, not both: `dense` has a rate of its own."
-            )
-        if (
-            not isinstance(self.accumulate, int)
-            or isinstance(self.accumulate, bool)
-            or self.accumulate < 1
-        ):
-            raise ValueError(
-                f"`accumulate` must be a positive number of micro-batches, got {self.accumulate!r}."
             )
         bits = self.state_bits
         if not (bits is None or isinstance(bits, Mapping) or bits in (8, 4)) or isinstance(
@@ -116,6 +122,7 @@ class Options:
         """The rule of a transformation in place of Adam, or of Adam."""
         if base is None:
             return self.moments()
+        checks.transformation("base_optimizer", base, "Call it: `optax.scale_by_lion()`.")
         return self.coded(rotated(base) if self.rotate_moments else lifted(base))
 
     def coded(self, rule: Rule) -> Rule:
@@ -186,8 +193,10 @@ class Options:
         owns_learning_rate: bool = False,
     ) -> optax.GradientTransformationExtraArgs:
         """`assemble` with these options."""
-        inner = self.adam() if inner is None else inner
-        inner = inner if self.state_bits is None else quantize_state(inner, **self.bits)
+        right = checks.Probed(*self.adam()) if inner is None else inner
+        inner = checks.probed("base_optimizer", right, downhill=False)
+        if self.state_bits is not None:
+            inner = checks.Probed(*quantize_state(inner, **self.bits))
         dense = self.dense
         if self.dense_learning_rate is not None:
             dense = assemble(
@@ -199,6 +208,7 @@ class Options:
                 weight_decay=self.weight_decay,
                 mask=self.mask,
             )
+            dense = checks.Probed(*dense)
         return assemble(
             matrix,
             learning_rate,
@@ -250,13 +260,29 @@ def alias(
 
         @functools.wraps(function)
         def optimizer(*args, **kwargs):
-            return function(**{**defaults, **signature.bind(*args, **kwargs).arguments})
+            bound = _bound(function.__name__, signature, args, kwargs)
+            return function(**{**defaults, **bound.arguments})
 
         optimizer.__signature__ = signature
         optimizer.__doc__ = _with_options(function.__doc__, {p.name for p in shared})
         return optimizer
 
     return decorate
+
+
+# Names of the core, and Optax's for the same, which the optimizers have.
+_OF_OPTAX = {"refresh": "update_proj_gap", "axes": "weight_dimension_numbers"}
+
+
+def _bound(optimizer: str, signature, args, kwargs):
+    """The arguments by name; of one that there is not, the error has the nearest that there is."""
+    for name in kwargs.keys() - signature.parameters.keys():
+        near = difflib.get_close_matches(_OF_OPTAX.get(name, name), signature.parameters, 1)
+        remedy = (
+            f"Did you mean `{near[0]}`?" if near else f"It has {', '.join(signature.parameters)}."
+        )
+        raise TypeError(f"`{optimizer}` has no argument `{name}`. {remedy}")
+    return signature.bind(*args, **kwargs)
 
 
 def _with_options(doc: str, names: set[str]) -> str:
@@ -296,7 +322,8 @@ def inject_hyperparams(
       state's `hyperparams`. A refresh policy, a basis and a dtype are callable, too, and stay what they are.
 
     Raises:
-      TypeError: (from the factory) a schedule or an array for an argument that sets shapes or code.
+      TypeError: `factory` is an optimizer already; from the factory, a schedule or an array for an argument that sets
+        shapes or code.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_lowrank as ol
@@ -305,10 +332,15 @@ def inject_hyperparams(
       >>> float(state.hyperparams["limit"])
       2.0
     """
+    if not callable(factory):
+        raise TypeError(
+            f"`factory` must be what makes an optimizer, got {checks.shown(factory)}. The arguments come after it: "
+            "`inject_hyperparams(fira)(1e-2, rank=32)`."
+        )
     signature = inspect.signature(factory)
 
     def injected(*args, **kwargs):
-        bound = signature.bind(*args, **kwargs)
+        bound = _bound(getattr(factory, "__name__", "optimizer"), signature, args, kwargs)
         static = {name for name in signature.parameters if name not in _TRACED}
         for name, value in bound.arguments.items():
             default = signature.parameters[name].default
@@ -329,16 +361,4 @@ def inject_hyperparams(
 
 def _is_schedule(x) -> bool:
     """Whether it is called with a count alone; a policy takes statistics as well, a dtype is a class."""
-    if not callable(x) or isinstance(x, type):
-        return False
-    try:
-        takes = inspect.signature(x).parameters.values()
-    except (TypeError, ValueError):
-        return True
-    return (
-        sum(
-            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-            for p in takes
-        )
-        <= 1
-    )
+    return callable(x) and not isinstance(x, type) and checks.takes(x, 1)

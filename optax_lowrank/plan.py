@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_lowrank
+from optax_lowrank import checks
 from optax_lowrank.tables import Table, Tabular, table
 
 METHODS = ("galore", "fira", "natural_galore", "gradnormlorp", "apollo", "low_rank_muon")
@@ -105,7 +106,7 @@ def plan(
       A `Plan`: all rows, in the order of the arguments, and the best of them.
 
     Raises:
-      ValueError: `budget` cannot be read.
+      TypeError, ValueError: `params` are no arrays or shapes; `budget` cannot be read.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_lowrank as ol
@@ -114,7 +115,8 @@ def plan(
       >>> choice.best.method, choice.best.rank, choice.best.bits, choice.best.layerwise
       ('low_rank_muon', 256, None, True)
     """
-    size = budget if isinstance(budget, int) else _parse(budget)
+    checks.arrays(params)
+    size = _parse(budget)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     parameters = sum(map(_bytes, jax.tree.leaves(shapes)))
     one_layer, ends = _layers(shapes, layers)
@@ -151,11 +153,11 @@ def _defaults():
     }
 
 
-def _parse(text) -> int:
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+def _parse(budget) -> int:
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", f"{budget}", re.IGNORECASE)
     if not match:
         raise ValueError(
-            f'`budget` must be bytes or a text such as "24GB" or "80GiB", got {text!r}.'
+            f'`budget` must be bytes or a text such as "24GB" or "80GiB", got {checks.shown(budget)}.'
         )
     number, prefix, binary = match.groups()
     return round(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
@@ -194,7 +196,7 @@ def _temporaries(leaf, rank) -> int:
     m, n = sorted((1, 1, *leaf.shape)[-2:])
     if rank is None or m <= 1:
         return _bytes(leaf)
-    r = min(m, rank if isinstance(rank, int) else round(rank * m))
+    r = min(m, rank if checks.is_integer(rank) else round(rank * m))
     return 4 * m * n + _bytes(leaf) + 12 * (leaf.size // (m * n)) * r * n
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optax_lowrank import checks
+
 
 class Statistics(NamedTuple):
     """What the core knows of the k matrices of a tree: (k,) arrays, leaf by leaf in the order of `positions`."""
@@ -101,8 +103,10 @@ class every:
     stagger: bool = False
 
     def __post_init__(self):
-        if isinstance(self.n, int) and self.n < 1:
-            raise ValueError(f"a refresh interval is a positive number of updates, got {self.n}.")
+        checks.number("n", self.n)
+        if checks.is_integer(self.n) and self.n < 1:
+            need = "`update_proj_gap`, n of `every`, must be a positive number of updates"
+            raise ValueError(f"{need}, got {self.n}.")
 
     def __call__(self, count, stats):
         """() bool, or (k,) if staggered."""
@@ -139,6 +143,7 @@ class on_convergence:
     max_gap: int = 200
 
     def __post_init__(self):
+        checks.number("threshold", self.threshold, 0, 1)
         _check_gaps(self.min_gap, self.max_gap)
 
     def __call__(self, count, stats):
@@ -173,6 +178,7 @@ class on_staleness:
     watches_captured = True  # asks `low_rank` to measure `captured` on every step
 
     def __post_init__(self):
+        checks.number("min_captured", self.min_captured, 0, 1)
         _check_gaps(self.min_gap, self.max_gap)
 
     def __call__(self, count, stats):
@@ -217,9 +223,12 @@ def as_policy(gap: jax.typing.ArrayLike | Policy, accumulate: int = 1) -> Policy
     Raises:
       TypeError, ValueError: it is neither, or not positive.
     """
-    if isinstance(gap, (type, str, bool, float)) or gap is None:
+    is_policy = callable(gap) and not isinstance(gap, type) and checks.takes(gap, 2)
+    if not (is_policy or checks.is_integer(gap) or hasattr(gap, "dtype")):
         raise TypeError(
-            f"`update_proj_gap` must be a number of updates or a policy such as `every(200)`, got {gap!r}."
+            "`update_proj_gap` must be a number of updates or a policy such as `every(200)`, got "
+            f"{checks.shown(gap)}. A policy takes `(count, stats)`, and `every` must be called to be one; schedules go "
+            "through `inject_hyperparams(optimizer)(..., update_proj_gap=schedule)`."
         )
     policy = gap if callable(gap) else every(gap)
     return policy if accumulate == 1 else in_windows(policy, accumulate)

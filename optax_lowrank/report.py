@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_lowrank import checks
 from optax_lowrank.low_rank import LowRankState
 from optax_lowrank.refit import TwoSided
 from optax_lowrank.refresh import Statistics, positions
@@ -115,6 +116,10 @@ def diagnostics(state) -> Diagnostics:
       Dict by path of the leaf, shown as a table; of a two-sided projection the first basis. Its `scalars()` are
       for W&B and TensorBoard.
 
+    Raises:
+      TypeError: `state` is not that of an optimizer.
+      ValueError: it is a stack of states, as of `layerwise_step`.
+
     Example:
       >>> import jax.numpy as jnp, optax_lowrank as ol
       >>> tx = ol.galore(1e-3, rank=2)
@@ -124,10 +129,15 @@ def diagnostics(state) -> Diagnostics:
       >>> report.rank.tolist(), round(float(report.captured_energy[0]), 2)
       ([2], 0.25)
     """
+    is_state = lambda x: hasattr(x, "_fields") and not hasattr(x, "init")
+    if not any(map(is_state, jax.tree.leaves(state, is_leaf=is_state))):
+        checks.state(state, LowRankState)
     found = Diagnostics()
     for x in low_rank_states(state):
         # a leaf at a time, since wrappers such as nnx box the arrays
         stats, (count,) = Statistics(*jax.tree.leaves(x.stats)), jax.tree.leaves(x.count)
+        if count.ndim:
+            raise ValueError(f"`state` is a stack of {len(count)}: `jax.vmap(diagnostics)(state)`.")
         bases = {path: first_basis(leaf.basis) for path, leaf in x.leaves.items()}
         batch = {path: len(jax.tree.leaves(leaf)[0]) for path, leaf in x.leaves.items()}
         for path, place in positions(batch).items():
@@ -241,6 +251,7 @@ def memory_report(tx: optax.GradientTransformation, params, state: Any = None) -
       >>> report.arrays == 4 * (1024 * 256 + 2 * 4096 * 256), report.adamw == 4 * 2 * 1024 * 4096
       (True, True)
     """
+    checks.transformation("tx", tx, "The order is `memory_report(tx, params)`.")
     if state is None:
         state = jax.eval_shape(tx.init, params)
     leaves, _ = flatten_by_path(params)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowrank import checks
 from optax_lowrank.report import first_basis, low_rank_states
 from optax_lowrank.rules import Asked, CodedState
 from optax_lowrank.views import flatten_by_path
@@ -94,7 +95,7 @@ def compact(
       A state for `tx.update`; `state` itself where there is nothing to release.
 
     Raises:
-      ValueError: `headroom` or `multiple_of` is out of range; whatever `resize` raises.
+      TypeError, ValueError: `headroom` or `multiple_of` is out of range; whatever `resize` raises.
 
     Example:
       >>> import jax.numpy as jnp, optax_lowrank as ol
@@ -109,6 +110,7 @@ def compact(
         raise ValueError(
             f"`compact` needs headroom >= 0 and multiple_of >= 1, got {headroom=} and {multiple_of=}."
         )
+    abstract_state(tx, params, state)  # raises where they do not belong together
     allocated, keep = _ranks(state), {}
     active = jax.device_get([_last_used_column(P) for _, P in _bases(state)])
     for (path, _), used in zip(_bases(state), active, strict=True):
@@ -125,14 +127,14 @@ def abstract_state(tx: optax.GradientTransformation, params: Any, like: Any) -> 
       tx: the optimizer.
       params: parameters, or their `jax.ShapeDtypeStruct`s.
       like: a state, or a checkpoint's own metadata of it: a tree of anything that has a `shape`, with the names of the
-        state's fields and keys. `CheckpointManager.item_metadata(step)` and `StandardCheckpointer().metadata(folder)`
-        are such trees.
+        state's fields and keys. `StandardCheckpointer().metadata(folder)` has such a tree, and `item_metadata(step)`
+        of a `CheckpointManager(folder, item_handlers=StandardCheckpointHandler())` is one.
 
     Returns:
       The state that `tx.init(params)` would make, as `jax.ShapeDtypeStruct`s, with the ranks of `like`.
 
     Raises:
-      ValueError: `like` is no state of `tx`.
+      TypeError, ValueError: `tx` is no transformation, or `like` no state of it.
 
     Example:
       >>> import jax.numpy as jnp, optax_lowrank as ol, orbax.checkpoint as ocp, tempfile
@@ -147,6 +149,7 @@ def abstract_state(tx: optax.GradientTransformation, params: Any, like: Any) -> 
       >>> ol.diagnostics(restored)["kernel"].rank.tolist()
       [0]
     """
+    checks.transformation("tx", tx, "It comes first, as in `compact(tx, state, params)`.")
     found = {name: tuple(x.shape) for name, x in _by_name(like).items() if hasattr(x, "shape")}
     ranks = {}
     usual = _shapes(tx, params)
@@ -160,7 +163,8 @@ def abstract_state(tx: optax.GradientTransformation, params: Any, like: Any) -> 
             there, here = (shapes.get(name, "missing") for shapes in (found, wanted))
             raise ValueError(
                 f"this is no state of `tx` for these `params`: {name!r} is {there}, where `tx` has {here}. Give the "
-                "optimizer, parameters and part of the checkpoint that belong together."
+                "optimizer, parameters and part of the checkpoint that belong together; a stack of states, as of "
+                "`layerwise_step`, keeps its ranks."
             )
     return state
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowrank import codes
+from optax_lowrank import checks, codes
 from optax_lowrank.linalg import matmul
 from optax_lowrank.views import flatten_by_path
 from optax_lowrank.walls import after, when
@@ -100,7 +100,10 @@ def as_rule(x: Rule | optax.GradientTransformation) -> Rule:
             return x
         return x._replace(step=lambda R, columns, state, **_: x.step(R, columns, state))
     if not isinstance(x, tuple) or not hasattr(x, "update"):
-        raise TypeError(f"`low_rank` needs a `Rule` or an Optax transformation, got {x!r}.")
+        got = checks.shown(x)
+        raise TypeError(
+            f"`low_rank` needs a `Rule` or an Optax transformation, got {got}. Call what makes one."
+        )
     return lifted(x)
 
 
@@ -128,25 +131,20 @@ def lifted(tx: optax.GradientTransformation) -> Rule:
     It sees the (r, n) coordinates of one matrix at a time, and as `params` only their shape.
     """
     tx = optax.with_extra_args_support(tx)
-
-    def noted(call, *args, **extra):
-        try:
-            return call(*args, **extra)
-        except Exception as error:
-            error.add_note(
-                "A transformation inside `low_rank` sees the coordinates (r, n) of one matrix, and as `params` their "
-                "shape and dtype only. Put what computes with weights (decay, trust ratios) or with several "
-                "leaves (global norms) outside: `optax.chain(low_rank(...), ...)`."
-            )
-            raise
+    sees = checks.noted(
+        "A transformation inside `low_rank` sees the coordinates (r, n) of one matrix, and as `params` their shape and "
+        "dtype only. Put what computes with weights (decay, trust ratios) or with several leaves (global norms) "
+        "outside: `optax.chain(low_rank(...), ...)`."
+    )
+    update = sees(tx.update)
 
     def step(R, columns, state, *, params=None, count=None, size=None, finite=None, **extra):
         del columns, count, size, finite
         params = OnlyShape(R.shape, R.dtype) if params is None else params
-        A, state = noted(tx.update, R, state, params, **extra)
+        A, state = update(R, state, params, **extra)
         return A, None, state
 
-    return Rule(lambda R: noted(tx.init, R), unturned, step)
+    return Rule(sees(tx.init), unturned, step)
 
 
 class OfRule(optax.GradientTransformationExtraArgs):
@@ -321,7 +319,7 @@ def accumulated(rule: Rule | optax.GradientTransformation, k: int) -> Rule:
       [0.0, 0.0]
       [2.0, 2.0]
     """
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+    if not checks.is_integer(k) or k < 1:
         raise ValueError(f"`accumulate` must be a positive number of micro-batches, got {k!r}.")
     rule = as_rule(rule)
     if k == 1:

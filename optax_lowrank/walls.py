@@ -97,7 +97,13 @@ def vary_alike(*trees: Any, but: AxisName = None) -> Any:
 
 def mean_over(axis_name: AxisName, tree: Any) -> Any:
     """The mean over mesh axes of a `shard_map`, if there are any."""
-    return tree if axis_name is None else lax.pmean(tree, axis_name)
+    if axis_name is None:
+        return tree
+    try:
+        return lax.pmean(tree, axis_name)
+    except NameError as error:
+        where = "call `update` inside of `jax.shard_map`, on a mesh that has it"
+        raise NameError(f"`axis_name={axis_name!r}` is no axis here: {where}.") from error
 
 
 def _varying(branch, axes):

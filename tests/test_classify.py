@@ -425,7 +425,7 @@ def test_masking_leaves_away_changes_no_answer(overrides, kept):
     [
         ({"atn": None}, "'atn' match no leaf.*'attn/kernel', 'lm_head', 'mlp/bias', 'mlp/kernel'"),
         ({"kernel(": None}, r"'kernel\(' is no regular expression"),
-        ({"kernel": (0, 1)}, "override of leaf 'kernel/0' is 0; give MatrixAxes or None"),
+        ({"kernel": (0, 1)}, r"leaf 'kernel' is \(0, 1\); give MatrixAxes or None"),
         ({"attn": {"kernel": None}}, "lacks 'lm_head', 'mlp/bias', 'mlp/kernel' and adds none"),
         (nested(dict.fromkeys([*PARAMS, "new/w"])), "lacks none and adds 'new/w'"),
         ({"bias": MatrixAxes(0, 1)}, r"leaf 'mlp/bias' of shape \(32,\): axis 1 of output_axis"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import optax
 
+from optax_lowrank import checks
 from optax_lowrank.fits import adaptive_rank, randomized_svd
 from optax_lowrank.options import Options, alias
 from optax_lowrank.refresh import Policy, as_policy, on_convergence as converged
@@ -70,7 +71,7 @@ def adarankgrad(
         if callable(on_convergence):
             policy = on_convergence
         else:
-            min_gap = min(20, policy) if isinstance(policy, int) else 20
+            min_gap = min(20, policy) if checks.is_integer(policy) else 20
             policy = converged(on_convergence, min_gap, max_gap=policy)
     if hasattr(options.fit, "implicit"):
         raise ValueError(

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowrank import checks
 from optax_lowrank.bases import seeded
-from optax_lowrank.limit import check_limit, limited, subspace_ratio
+from optax_lowrank.limit import limited, subspace_ratio
 from optax_lowrank.options import Options, alias
 from optax_lowrank.rules import Rule
 
@@ -102,6 +103,6 @@ def apollo(
         raise ValueError(f'`per` must be "column" or "matrix", got {per!r}.')
     options = Options(**options)
     options.weighs_columns("apollo", "its update")
-    check_limit(limit)
+    checks.number("limit", limit, 1)
     rule = channel_scaling(options.moments(), per, options.scale, limit)
     return options.optimizer(learning_rate, options.projected(rule, fit=options.fit or seeded()))

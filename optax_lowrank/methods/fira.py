@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowrank.limit import check_limit, limited, subspace_ratio
+from optax_lowrank import checks
+from optax_lowrank.limit import limited, subspace_ratio
 from optax_lowrank.options import Options, alias
 from optax_lowrank.rules import Rule
 
@@ -101,6 +102,7 @@ def fira(
     """
     options = Options(**options)
     options.weighs_columns("fira", "its residual")
-    check_limit(limit)
+    checks.number("limit", limit, 1)
+    checks.number("residual_scale", residual_scale, 0)
     rule = with_residual(options.moments(), options.scale, limit, residual_scale)
     return options.optimizer(learning_rate, options.projected(rule))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowrank import checks
 from optax_lowrank.bases import seeded
 from optax_lowrank.classify import axes_by_path
 from optax_lowrank.linalg import newton_schulz
@@ -183,6 +184,10 @@ def low_rank_muon(
     """
     options = Options(**options)
     options.weighs_columns("low_rank_muon", "the orthogonalisation")
+    checks.number("beta", beta, 0, below=1)
+    checks.integer("ns_steps", ns_steps, 1)
+    if consistent_rms is not None:
+        checks.number("consistent_rms", consistent_rms, 0)
     rule = options.coded(low_rank_momentum(beta, nesterov))
     matrix = options.projected(
         rule,

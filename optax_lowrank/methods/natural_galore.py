@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from optax_lowrank import checks
 from optax_lowrank.linalg import push_through_weights
 from optax_lowrank.options import Options, alias
 from optax_lowrank.rules import OfRule, Rule, Turn, chained, of_rule, wide
@@ -75,12 +76,12 @@ def scale_by_woodbury_fisher(
     Reference: Das, arXiv:2410.16029, equations 4 to 6, whose printed forms lose all digits in float32. The Fisher is
       a sum, as there, not a mean. The authors' code keeps H in the old coordinates after a refresh.
     """
-    if not isinstance(history, int) or isinstance(history, bool) or history < 1:
+    if not checks.is_integer(history) or history < 1:
         raise ValueError(
-            f"`history` counts stored gradients with the current one: an int, at least 1, got {history!r}."
+            f"`history` counts stored gradients with the current one: an int, at least 1, got {checks.shown(history)}."
         )
-    if isinstance(damping, (int, float)) and not damping >= 0:
-        raise ValueError(f"`damping` must not be negative, got {damping}.")
+    checks.number("damping", damping, 0)
+    checks.dtype("history_dtype", history_dtype, jnp.int8)
     if on_refresh not in ("rotate", "clear"):
         raise ValueError(f'`on_refresh` must be "rotate" or "clear", got {on_refresh!r}.')
     rule = _Fisher(history, damping, relative_damping, history_dtype, on_refresh, preserve_norm)
