@@ -63,11 +63,10 @@ def history(
       >>> import jax.numpy as jnp, optax_lowrank as ol
       >>> from optax_lowrank import plot
       >>> params = {"kernel": jnp.eye(8)}
-      >>> tx, seen = ol.galore(1e-3, rank=2), {}
-      >>> state = tx.init(params)
-      >>> for step in (1, 2):
-      ...     _, state = tx.update(params, state, params)
-      ...     seen[step] = ol.diagnostics(state)
+      >>> tx = ol.galore(1e-3, rank=2)
+      >>> before = tx.init(params)
+      >>> _, after = tx.update(params, before, params)
+      >>> seen = {step: ol.diagnostics(state) for step, state in enumerate([before, after])}
       >>> figure = plot.history(seen)
       >>> [axes.get_ylabel() for axes in figure.axes]
       ['rank, columns', 'captured energy, of ‖G‖²']
@@ -89,7 +88,9 @@ def history(
     some = lambda field: any(values.max() > 0 for _, values in curves[field].values())
     shown = [field for field in fields if some(field)] or fields
 
-    made = Figure(figsize=(8, 0.8 + 2.2 * len(shown)), layout="constrained")
+    columns = max(1, 100 // (10 + max(map(len, groups))))
+    height = 0.6 + 2.2 * len(shown) + 0.22 * -(-len(groups) // columns)
+    made = Figure(figsize=(8, height), layout="constrained")
     panels = made.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
     for field, axes in zip(shown, panels, strict=True):
         for i, (name, (steps, values)) in enumerate(curves[field].items()):
@@ -105,9 +106,9 @@ def history(
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("optimizer updates")
     panels[-1].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    handles, names = panels[0].get_legend_handles_labels()
-    columns = max(1, 90 // (10 + max(map(len, names))))
-    made.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
+    made.legend(
+        panels[0].lines, [*groups], loc="outside lower center", ncols=columns, frameon=False
+    )
     return made
 
 
@@ -120,7 +121,7 @@ def _curve(seen, paths, field):
         np.concatenate([np.ravel(getattr(leaf, name)) for leaf in leaves]) for _, leaves in there
     ]
     values = np.ma.masked_less(rows(field), 0)
-    if field == "captured_energy":
+    if field != "skips":
         values = np.ma.masked_where(np.less(rows("steps_since_refresh"), 0), values)
     return [step for step, _ in there], values
 
@@ -143,7 +144,7 @@ def memory(reports: Mapping[str, MemoryReport]) -> Figure:
       >>> shapes = {"kernel": jax.ShapeDtypeStruct((1024, 4096), jnp.float32)}
       >>> ranks = {f"rank {r}": ol.memory_report(ol.galore(1e-3, rank=r), shapes) for r in (64, 256)}
       >>> plot.memory(ranks).axes[0].get_xlabel()
-      'optimizer state, MiB'
+      "optimizer state, MiB (% of AdamW's)"
     """
     if not reports:
         raise ValueError("`reports` is empty: give it results of `memory_report` by name.")
@@ -165,11 +166,11 @@ def memory(reports: Mapping[str, MemoryReport]) -> Figure:
         widths = np.asarray(sizes) / UNITS[unit]
         bars = axes.barh([*reports], widths, left=left, label=part, color=f"C{i}")
         left += widths
-    percent = lambda r: f", {100 * r.state / r.adamw:.1f} % of AdamW's" if r.adamw else ""
+    percent = lambda r: f" ({100 * r.state / r.adamw:.1f} %)" if r.adamw else ""
     totals = [f"{r.state / UNITS[unit]:,.1f} {unit}{percent(r)}" for r in reports.values()]
     axes.bar_label(bars, totals, padding=4)
     axes.invert_yaxis()
-    axes.set_xlabel(f"optimizer state, {unit}")
+    axes.set_xlabel(f"optimizer state, {unit} (% of AdamW's)")
     axes.spines[["top", "right"]].set_visible(False)
     made.legend(loc="outside lower center", ncols=3, frameon=False)
     return made

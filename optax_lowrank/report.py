@@ -1,6 +1,7 @@
 """What an optimizer state holds: diagnostics of the bases, bytes of everything."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -46,31 +47,28 @@ class Diagnostics(Tabular, dict[str, LeafDiagnostics]):
         Example:
           >>> import jax.numpy as jnp, optax_lowrank as ol
           >>> tx = ol.galore(1e-3, rank=2)
-          >>> params = {"layers": jnp.ones((3, 8, 8))}
+          >>> params = {"layers": jnp.stack([jnp.eye(8)] * 3)}
           >>> _, state = tx.update(params, tx.init(params), params)
           >>> scalars = ol.diagnostics(state).scalars("optimizer/")
           >>> scalars["optimizer/layers/rank"], scalars["optimizer/all/skips"]
           (2.0, 0.0)
         """
-        measured = {path: _known(leaf) for path, leaf in jax.device_get(self).items()}
+        measured = _known(self)
+        parts = {path: [leaf] for path, leaf in measured.items()}
+        parts |= {"all": [*measured.values()]} if measured else {}
         found = {}
-        for path, leaves in [(path, [leaf]) for path, leaf in measured.items()] + [
-            ("all", [*measured.values()])
-        ]:
-            for field in LeafDiagnostics._fields:
-                values = np.concatenate([getattr(leaf, field) for leaf in leaves] or [np.zeros(0)])
+        for path, leaves in parts.items():
+            for field, values in _together(leaves)._asdict().items():
                 if values.size:
                     of_all = values.sum() if field == "skips" else values.mean()
                     found[f"{prefix}{path}/{field}" if path else prefix + field] = float(of_all)
         return found
 
     def _table(self) -> Table:
-        measured = {path: _known(leaf) for path, leaf in jax.device_get(self).items()}
+        measured = _known(self)
         rows = [("leaf", "matrices", "rank", "captured energy", "steps since refresh", "skips")]
         for name, paths in equal_leaves(measured).items():
-            of = LeafDiagnostics(
-                *map(np.concatenate, zip(*(measured[path] for path in paths), strict=True))
-            )
+            of = _together(measured[path] for path in paths)
             ranges = [_range(values) for values in of[:3]]
             rows.append((name, f"{of.skips.size:,}", *ranges, f"{of.skips.sum():,}"))
         return table(rows, numbers=range(1, 6))
@@ -83,12 +81,19 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def _known(leaf: LeafDiagnostics) -> LeafDiagnostics:
-    """What is known of each matrix of a leaf, on the host."""
-    fields = LeafDiagnostics(*map(np.ravel, leaf))
-    fitted = fields.steps_since_refresh >= 0
-    known = (fields.rank >= 0) & fitted, fitted, fitted, np.ones_like(fitted)
-    return LeafDiagnostics(*(x[which] for x, which in zip(fields, known, strict=True)))
+def _known(found: Diagnostics) -> dict[str, LeafDiagnostics]:
+    """What is known of each matrix, on the host."""
+    known = {}
+    for path, leaf in jax.device_get(found).items():
+        fields = LeafDiagnostics(*map(np.ravel, leaf))
+        fitted = fields.steps_since_refresh >= 0
+        which = (fields.rank >= 0) & fitted, fitted, fitted, np.ones_like(fitted)
+        known[path] = LeafDiagnostics(*(x[w] for x, w in zip(fields, which, strict=True)))
+    return known
+
+
+def _together(leaves: Iterable[LeafDiagnostics]) -> LeafDiagnostics:
+    return LeafDiagnostics(*map(np.concatenate, zip(*leaves, strict=True)))
 
 
 def _range(values) -> str:

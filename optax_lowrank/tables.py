@@ -49,7 +49,8 @@ def table(rows: Iterable[Sequence[str]], numbers: Collection[int], foot: str = "
     lines = "\n".join(f"<tr>{tagged('td', row)}</tr>" for row in body)
     below = f"\n<p>{html.escape(foot)}</p>" if foot else ""
     made.markup = (
-        f"<table>\n<thead><tr>{tagged('th', head)}</tr></thead>\n"
+        f'<table style="white-space:nowrap">\n'
+        f"<thead><tr>{tagged('th', head)}</tr></thead>\n"
         f"<tbody>\n{lines}\n</tbody>\n</table>{below}"
     )
     return made

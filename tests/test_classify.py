@@ -453,6 +453,27 @@ def test_describe_says_what_how_and_why():
     assert re.search(r"projected +override 'attn'", describe(PARAMS, {"attn": QUERY}))
 
 
+def test_describe_groups_equal_layers():
+    layer = {"kernel": (8, 32), "scale": (8,)}
+    params = {"layers": [shaped(**layer)] * 12, "head": shaped(kernel=(8, 99))}
+    assert describe(params).splitlines() == [
+        "leaf             count  shape    b × m × n   axes b | m | n  treatment  why",
+        "head/kernel          1  (8, 99)                              dense      head",
+        "layers/*/kernel     12  (8, 32)  1 × 8 × 32  - | 0 | 1       projected  kernel",
+        "layers/*/scale      12  (8,)                                 dense      bias or scale",
+        "12 of 25 leaves projected: 3,072 of 3,960 parameters (77.6 %).",
+    ]
+
+
+def test_describe_tells_layers_of_another_rank_apart():
+    text = describe({"layers": [shaped(kernel=(16, 32))] * 4}, rank={"layers/[13]": 4, "0": 2})
+    assert [line.split("  ")[0] for line in text.splitlines()[1:-1]] == [
+        "layers/0/kernel",
+        "layers/1/kernel … layers/3/kernel",
+        "layers/2/kernel",
+    ]
+
+
 def test_describe_of_nothing():
     assert describe({}).endswith("0 of 0 leaves projected: 0 of 0 parameters (0.0 %).")
 

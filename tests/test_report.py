@@ -1,6 +1,8 @@
 """Reports: found inside every wrapper, and their bytes are those of the state."""
 
 import functools
+import html.parser
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 from flax import nnx
 
 import optax_lowrank as ol
+from optax_lowrank.report import Diagnostics, LeafDiagnostics
 
 from .helpers import OPTIMIZERS, PROBLEMS, gradients, normal_tree, run
 
@@ -114,6 +117,114 @@ def test_diagnostics_may_be_traced():
     state = galore().init(normal_tree("mlp", seed=0))
     report = jax.jit(ol.diagnostics)(state)
     assert report["out/kernel"].steps_since_refresh.tolist() == [-1]
+    assert str(report) == str(ol.diagnostics(state))
+
+
+def measured(rank, energy, age, skips):
+    """Diagnostics of one leaf as they come from a device."""
+    whole = lambda x: jnp.asarray(x, jnp.int32)
+    return LeafDiagnostics(whole(rank), jnp.float32(energy), whole(age), whole(skips))
+
+
+MEASURED = Diagnostics(
+    {
+        "layers/0/up": measured([4, 2], [0.5, 0.25], [7, 7], [1, 2]),
+        "layers/0/down": measured([3], [1.0], [7], [0]),
+        "layers/1/up": measured([4, 4], [0.0, 0.75], [-1, 9], [5, 0]),
+        "seeded": measured([-1], [0.5], [2], [0]),
+    }
+)
+
+
+def test_scalars():
+    """Means of the matrices that have a basis, sums of skips; nothing where there is nothing to tell."""
+    scalars = MEASURED.scalars("opt/")
+    assert {type(x) for x in scalars.values()} == {float}
+    of = lambda path: {
+        name.rpartition("/")[2]: x for name, x in scalars.items() if name.startswith(f"opt/{path}/")
+    }
+    fields = LeafDiagnostics._fields
+    assert of("layers/0/up") == dict(zip(fields, (3, 0.375, 7, 3), strict=True))
+    assert of("layers/1/up") == dict(zip(fields, (4, 0.75, 9, 5), strict=True))
+    assert of("seeded") == dict(zip(fields[1:], (0.5, 2, 0), strict=True))
+    want = dict(zip(fields, (13 / 4, 3 / 5, 32 / 5, 8), strict=True))
+    assert of("all") == pytest.approx(want)
+    assert len(scalars) == 4 * 5 - 1
+
+
+def test_scalars_before_the_first_step_and_of_a_bare_array():
+    assert ol.diagnostics(galore().init(jnp.eye(6, 9))).scalars() == {"skips": 0, "all/skips": 0}
+    assert Diagnostics().scalars() == {}
+
+
+def test_table_of_diagnostics():
+    assert (
+        str(MEASURED)
+        == """
+leaf           matrices    rank  captured energy  steps since refresh  skips
+layers/*/up           4  2 to 4   0.250 to 0.750               7 to 9      8
+layers/0/down         1       3            1.000                    7      0
+seeded                1       -            0.500                    2      0
+""".strip()
+    )
+
+
+class Cells(html.parser.HTMLParser):
+    """The cells of a table's markup, unescaped, line by line, with their alignment."""
+
+    def __init__(self, markup):
+        super().__init__()
+        self.lines, self.sides = [], []
+        self.feed(markup)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.lines.append([])
+            self.sides.append([])
+        if tag in ("th", "td"):
+            self.lines[-1].append("")
+            self.sides[-1].append(dict(attrs)["style"].removeprefix("text-align:"))
+
+    def handle_data(self, data):
+        if data.strip() and self.lines[-1]:
+            self.lines[-1][-1] += data
+
+    def handle_endtag(self, tag):
+        if tag == "table":
+            self.lines.append([])
+
+
+STRANGE = {"<b>&": {"kernel": jnp.ones((8, 12))}, "layers": [{"kernel": jnp.ones((8, 12))}] * 2}
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        lambda: ol.memory_report(galore(), STRANGE),
+        lambda: ol.describe(STRANGE),
+        lambda: Diagnostics({"<b>&/kernel": MEASURED["seeded"]} | MEASURED),
+        lambda: ol.plan(STRANGE, "1MB", methods={"<b>&": lambda rank: galore()}, ranks=(2,)),
+    ],
+    ids=["memory_report", "describe", "diagnostics", "plan"],
+)
+def test_notebooks_show_the_rows_of_the_text(shown):
+    shown = shown()
+    markup, text = shown._repr_html_(), str(shown).splitlines()
+    cells = Cells(markup)
+    assert len({len(line) for line in cells.lines if line}) == 1
+    lines = [[cell for cell in line if cell] for line in cells.lines if line]
+    assert lines == [re.split(" {2,}", line) for line in text][: len(lines)]
+    assert text[len(lines) :] == re.findall("<p>(.*)</p>", markup)
+    assert "<b>" not in markup
+    assert any(line[0].startswith("<b>&") for line in lines)
+    # numbers are flush right, in every line alike
+    assert len(set(map(tuple, filter(None, cells.sides)))) == 1
+    numbers = re.compile(r"[\d,.]+( %)?")
+    for column, side in zip(
+        zip(*filter(None, cells.lines), strict=True), cells.sides[0], strict=True
+    ):
+        if all(numbers.fullmatch(cell) for cell in filter(None, column[1:])) and any(column[1:]):
+            assert side == "right"
 
 
 # Bytes
@@ -194,6 +305,20 @@ def test_layers_that_differ_in_a_number_are_one_group():
     assert kernels.adamw == 2 * kernels.parameters
     assert not groups["head/kernel"].projected
     assert groups["layers/*/bias"].arrays == 3 * 4 * 2 * 8
+
+
+def test_leaves_that_differ_are_groups_of_their_own():
+    """Else the bytes of one of them would be lost: of these layers the last is dense."""
+    kernels = [jnp.ones((6, 8))] * 2 + [jnp.ones((8, 6)), jnp.ones((6, 8)), jnp.ones((6, 2))]
+    params = {f"layers_{i}": {"kernel": kernel} for i, kernel in enumerate(kernels)}
+    report = ol.memory_report(galore(), params)
+    assert {name: (g.leaves, g.projected) for name, g in report.groups.items()} == {
+        "layers_0/kernel … layers_3/kernel": (3, True),
+        "layers_2/kernel": (1, True),
+        "layers_4/kernel": (1, False),
+    }
+    assert report.parameters == nbytes(params)
+    assert report.state == nbytes(galore().init(params))
 
 
 def test_table():
