@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import matplotlib.figure
 import numpy as np
 import pretrain_llama
-from llama import abstract_llama
+from lib.llama import abstract_llama
 from matplotlib.axes import Axes
 
 import optax_lowrank

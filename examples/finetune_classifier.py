@@ -29,14 +29,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bert
 import jax
 import jax.numpy as jnp
-import labelled_text
 import matplotlib.figure
 import numpy as np
 import optax
 from flax import nnx
+from lib import bert, labelled_text
 from tqdm import tqdm
 
 import optax_lowrank as ol

@@ -33,7 +33,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import sys
 
 if "--compile-only" in sys.argv:
-    import targets  # noqa: F401  sets what compilers without a device want to know before JAX begins
+    from lib import targets  # noqa: F401  sets what compilers without a device want to know before JAX begins
 
 import argparse
 import ast
@@ -48,7 +48,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import devices
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
@@ -56,11 +55,10 @@ import numpy as np
 import optax
 import optax.contrib
 import orbax.checkpoint as ocp
-import smollm2
-import text
-from devices import Places
-from llama import SIZES, LlamaConfig, abstract_llama
-from steps import LayerWise, TrainState, Whole, apply_nearest, loss_fn as loss_fn, peak_bytes
+from lib import devices, smollm2, text
+from lib.devices import Places
+from lib.llama import SIZES, LlamaConfig, abstract_llama
+from lib.steps import LayerWise, TrainState, Whole, apply_nearest, loss_fn as loss_fn, peak_bytes
 from tqdm import tqdm
 
 import optax_lowrank
@@ -675,7 +673,7 @@ def memory_plan(args: argparse.Namespace, config: LlamaConfig) -> optax_lowrank.
 
 def compiled_peak(args: argparse.Namespace, config: LlamaConfig) -> int | None:
     """Peak bytes of the training step by the compiler of `--target`, printed; None without its packages."""
-    import targets
+    from lib import targets
 
     step = make_step(args, config)
     try:

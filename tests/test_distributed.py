@@ -13,14 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import pretrain_llama
 import pytest
 from jax.sharding import PartitionSpec as P
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import devices
-import pretrain_llama
-import text
+from lib import devices, text
 
 from .helpers import compilation_cache
 
@@ -39,7 +35,8 @@ UP = "layers/0/mlp/up_proj/kernel"
 # A training process that gets a signal while it draws the batch of a step.
 CHILD = """
 import os, sys
-import pretrain_llama, text
+import pretrain_llama
+from lib import text
 
 def draw_and_signal(tokens, seed, at, *shape):
     if at == step:

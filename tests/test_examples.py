@@ -8,25 +8,19 @@ import math
 import os
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import compare
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import pretrain_llama
 import pytest
 from flax import nnx
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import compare
-import llama
-import pretrain_llama
-import steps
-import text
+from lib import llama, steps, text
 
 from .helpers import compilation_cache
 

@@ -3,21 +3,15 @@
 import functools
 import json
 import re
-import sys
-from pathlib import Path
 
+import finetune_classifier
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lib import bert, labelled_text
 
 import optax_lowrank as ol
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import bert
-import finetune_classifier
-import labelled_text
 
 # all matrices of one shape: compiling is what these tests spend their time on
 TINY = bert.BertConfig(hidden=8, ffn=8, layers=1, heads=2, vocab=20, positions=10)

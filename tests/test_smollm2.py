@@ -2,20 +2,13 @@
 
 import importlib.metadata
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
+import pretrain_llama
 import pytest
 from flax import nnx
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import llama
-import pretrain_llama
-import smollm2
-import text
+from lib import llama, smollm2, text
 
 from tests.test_examples import compiled_once, interrupted_after, losses  # noqa: F401
 
