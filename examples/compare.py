@@ -31,7 +31,10 @@ from typing import Any, NamedTuple
 import matplotlib.figure
 import numpy as np
 import pretrain_llama
+from lib import runs
 from lib.llama import abstract_llama
+from lib.optimizers import default_lr, is_matrix, make_optimizer
+from lib.options import model_config, parse as parse_run
 from matplotlib.axes import Axes
 
 import optax_lowrank
@@ -111,7 +114,7 @@ def parse_contender(text: str) -> Contender:
 
 
 def usual_rates(optimizer: str) -> list[float]:
-    return [factor * pretrain_llama.default_lr(optimizer) for factor in (1, 0.5, 2)]
+    return [factor * default_lr(optimizer) for factor in (1, 0.5, 2)]
 
 
 def schedule(contenders: Sequence[Contender], seeds: Sequence[int], done: Results) -> Iterator[Run]:
@@ -139,6 +142,7 @@ def carry_out(run: Run, out: Path, options: Sequence[str]) -> dict[str, Any]:
     """The result of one run, continued or begun."""
     argv = [*run.argv(options), f"--out={out / run.folder}"]
     if (out / run.folder / "settings.json").exists():
+        check_budget(argv)
         argv.append("--resume")
     if not pretrain_llama.main(argv)["finished"]:
         raise SystemExit("Stopped. The same command continues.")
@@ -146,9 +150,9 @@ def carry_out(run: Run, out: Path, options: Sequence[str]) -> dict[str, Any]:
 
 
 def read(run: Run, out: Path, options: Sequence[str]) -> dict[str, Any]:
-    """The result of a finished run; an error if it was another budget."""
-    argv, folder = run.argv(options), out / run.folder
-    pretrain_llama.check_out(pretrain_llama.parse([*argv, f"--out={folder}", "--resume"]))
+    """The result of a finished run."""
+    folder = out / run.folder
+    check_budget([*run.argv(options), f"--out={folder}"])
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     curve = [(r["step"], r["valid_loss"]) for r in map(json.loads, lines) if "valid_loss" in r]
     share = matrix_share(tuple(Run(run.contender, run.contender.rates[0], 0).argv(options)))
@@ -156,13 +160,19 @@ def read(run: Run, out: Path, options: Sequence[str]) -> dict[str, Any]:
     return result | {"curve": curve, "matrix_share": share}
 
 
+def check_budget(argv: Sequence[str]) -> None:
+    """An error if the run that is there has other settings: what is compared has one schedule from end to end."""
+    args = parse_run(argv)
+    runs.refuse(args, runs.changes(args))
+
+
 @functools.cache
 def matrix_share(argv: tuple[str, ...]) -> float:
     """State of the matrices inside the layers, of AdamW's for them."""
-    args = pretrain_llama.parse(argv)
-    shapes = abstract_llama(pretrain_llama.model_config(args))[1]
-    report = optax_lowrank.memory_report(pretrain_llama.make_optimizer(args), shapes)
-    groups = [g for path, g in report.groups.items() if pretrain_llama.is_matrix(path)]
+    args = parse_run(argv)
+    shapes = abstract_llama(model_config(args))[1]
+    report = optax_lowrank.memory_report(make_optimizer(args), shapes)
+    groups = [g for path, g in report.groups.items() if is_matrix(path)]
     return sum(g.arrays for g in groups) / sum(g.adamw for g in groups)
 
 

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import pretrain_llama
 import pytest
 from flax import nnx
-from lib import llama, steps, text
+from lib import llama, optimizers, runs, steps, text, training
 
 from .helpers import compilation_cache
 
@@ -73,7 +73,7 @@ def losses(out: Path) -> dict[int, float]:
 
 
 def last_checkpoint(out: Path) -> dict[str, np.ndarray]:
-    with pretrain_llama.checkpoints(out / "checkpoints") as manager:
+    with runs.checkpoints(out / "checkpoints") as manager:
         state = manager.restore(STEPS, args=ocp.args.StandardRestore())
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
@@ -172,12 +172,12 @@ def test_layerwise_run_takes_the_same_steps(name, corpus, tmp_path, two_layers):
     np.testing.assert_allclose(curves[1], curves[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", [*pretrain_llama.aliases(), "adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [*optimizers.aliases(), "adamw", "muon"])
 def test_every_optimizer_has_a_layerwise_step(optimizer):
     """Traced, not run: parameters and state come out as they went in."""
-    options = [f"--optimizer={optimizer}", "--dtype=bfloat16", "--layerwise", "--state-bits=8"]
-    args = pretrain_llama.parse([*TINY, *options])
-    step = pretrain_llama.make_step(args, pretrain_llama.model_config(args))
+    more = [f"--optimizer={optimizer}", "--dtype=bfloat16", "--layerwise", "--state-bits=8"]
+    args = options.parse([*TINY, *more])
+    step = training.make_step(args, options.model_config(args))
     state = steps.TrainState(step.shapes, jax.eval_shape(step.init, step.shapes))
     tokens = jax.ShapeDtypeStruct((4, 33), jnp.int32)
     after, loss = jax.eval_shape(step, state, tokens, jax.eval_shape(lambda: jax.random.key(0)))
@@ -363,11 +363,11 @@ def test_compared_losses_are_paired_by_seed():
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_muon_in_codes_takes_nearly_the_same_step(bits):
     """The momentum of a first step is not read before the next, so that codes move that one only."""
-    options = [f"--option=state_bits={bits}"] if bits else []
-    args = pretrain_llama.parse([*TINY, "--optimizer=muon", "--clip=0", *options])
-    plain = pretrain_llama.parse([*TINY, "--optimizer=muon", "--clip=0"])
+    more = [f"--option=state_bits={bits}"] if bits else []
+    args = options.parse([*TINY, "--optimizer=muon", "--clip=0", *more])
+    plain = options.parse([*TINY, "--optimizer=muon", "--clip=0"])
     params = {"layers/0/kernel": jax.random.normal(jax.random.key(0), (64, 64))}
-    steps = [update_twice(pretrain_llama.make_optimizer(x), params) for x in (args, plain)]
+    steps = [update_twice(optimizers.make_optimizer(x), params) for x in (args, plain)]
     off = jnp.linalg.norm(steps[0] - steps[1]) / jnp.linalg.norm(steps[1])
     assert off <= {None: 0, 8: 0.02, 4: 0.2}[bits]
     assert (off > 0) == bool(bits)
@@ -408,7 +408,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(finished, corpus):
         pretrain_llama.main([*arguments, "--resume", "--lr=0.5"])
 
 
-@pytest.mark.parametrize("optimizer", [*pretrain_llama.aliases(), *pretrain_llama.BASELINES])
+@pytest.mark.parametrize("optimizer", [*optimizers.aliases(), *optimizers.BASELINES])
 def test_every_optimizer_fits_the_model(optimizer, capsys):
     result = pretrain_llama.main([f"--optimizer={optimizer}", "--size=60m", "--memory"])
     share = result["state_bytes"] / result["adamw_bytes"]
