@@ -1,4 +1,7 @@
-"""Train a small transformer on the shipped book with `optax_lowrank.fira`, on one page: `python examples/train_minimal.py`."""
+"""Train a small transformer on the shipped book with `optax_lowrank.fira`, on one page.
+
+python examples/train_minimal.py
+"""
 
 import os
 
@@ -14,16 +17,14 @@ from flax import nnx
 
 import optax_lowrank
 
-WIDTH, HEADS, LAYERS = 128, 4, 2
-BATCH, TIME = 16, 64
+WIDTH, HEADS, LAYERS, BATCH, TIME = 128, 4, 2, 16, 64
 BOOK = Path(__file__).parent / "data" / "kjv.txt.xz"
 
 
 class Block(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.attention_norm = nnx.RMSNorm(WIDTH, rngs=rngs)
+        self.attention_norm, self.mlp_norm = (nnx.RMSNorm(WIDTH, rngs=rngs) for _ in range(2))
         self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
-        self.mlp_norm = nnx.RMSNorm(WIDTH, rngs=rngs)
         self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
         self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
 

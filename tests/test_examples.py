@@ -1,5 +1,6 @@
 """The examples: a run learns, a stopped one continues bit for bit, mistakes are explained."""
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -7,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,8 @@ import optax
 import orbax.checkpoint as ocp
 import pretrain_llama
 import pytest
+import train_minimal
+import your_own_method
 from flax import nnx
 from lib import llama, optimizers, runs, steps, text, training
 
@@ -110,6 +114,7 @@ def assert_continues_as(whole, run, arguments, monkeypatch):
     with interrupted_after(7, monkeypatch):
         assert not pretrain_llama.main(arguments)["finished"]
     assert max(losses(run)) == 7
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert pretrain_llama.main([*arguments, "--resume"])["finished"]
 
     assert losses(run) == losses(whole)
@@ -194,7 +199,8 @@ def test_interrupted_layerwise_run_continues_bit_for_bit(corpus, tmp_path, monke
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     bases = [record["bases"] for record in records if "bases" in record]
     assert bases[-1]["layers/1/attention/q_proj/kernel"]["rank"] == [8]
-    assert (whole / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert (whole / "energy.png").read_bytes().startswith(b"\x89PNG")
+    assert not (whole / "ranks.png").exists()  # they do not change
     run = tmp_path / "run"
     assert_continues_as(whole, run, [*TINY, *options, f"--out={run}"], monkeypatch)
 
@@ -389,6 +395,7 @@ def test_muon_in_codes_takes_nearly_the_same_step(bits):
         (["--corpus=nowhere.txt"], "nowhere.txt: no such file"),
         (["--seq-len=100000"], "too short"),
         (["--resume"], "holds no run"),
+        (["--resume", "--overwrite"], "not allowed with argument"),
     ],
 )
 def test_mistakes_are_explained(options, message, corpus, tmp_path, capsys):
@@ -402,10 +409,86 @@ def test_mistakes_are_explained(options, message, corpus, tmp_path, capsys):
 
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(finished, corpus):
     arguments = [*TINY, f"--corpus={corpus}", f"--out={finished}"]
-    with pytest.raises(SystemExit, match="holds a run"):
+    with pytest.raises(SystemExit, match="--resume continues it, --overwrite begins anew"):
         pretrain_llama.main(arguments)
     with pytest.raises(SystemExit, match=r"lr was 0\.01, is 0\.5"):
         pretrain_llama.main([*arguments, "--resume", "--lr=0.5"])
+    with pytest.raises(SystemExit, match=f"steps was {STEPS}, is 8"):
+        pretrain_llama.main([*arguments, "--resume", "--steps=8"])
+
+
+def test_overwrite_begins_anew_and_says_where_it_is(finished, corpus, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "loss": 0.0}\n')
+    (tmp_path / "run" / "ranks.png").touch()
+    arguments = [*TINY, f"--corpus={corpus}", f"--out={tmp_path / 'run'}"]
+    assert pretrain_llama.main([*arguments, "--overwrite"])["finished"]
+    assert losses(tmp_path / "run") == losses(finished)
+    assert not (tmp_path / "run" / "ranks.png").exists()
+    said = capsys.readouterr().out
+    assert re.search(r"compiling …\ncompiled in \d+ s\nstep +0 +validation loss", said)
+    assert re.findall(rf"step +(\d+) of {STEPS}   loss ", said) == ["6", "10", "12"]
+
+
+def test_longer_resume_takes_the_rates_of_the_longer_run(finished, corpus, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    arguments = [*TINY, f"--corpus={corpus}", f"--out={tmp_path / 'run'}", "--resume"]
+    assert pretrain_llama.main([*arguments, "--steps=16"])["finished"]
+    assert "the learning rate is that of a run of 16 steps" in capsys.readouterr().out
+    curve = losses(tmp_path / "run")
+    assert {step: loss for step, loss in curve.items() if step <= STEPS} == losses(finished)
+    assert sorted(curve) == list(range(1, 17))
+    assert all(map(math.isfinite, curve.values()))
+    with pytest.raises(SystemExit, match=f"steps was 16, is {STEPS}"):  # it is the longer one now
+        pretrain_llama.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "every"),
+    [
+        (["--steps=1000"], 50),
+        (["--steps=400"], 50),
+        (["--steps=300"], 38),
+        (["--steps=5"], 1),
+        (["--steps=40", "--eval-every=20"], 20),
+    ],
+)
+def test_short_runs_are_evaluated_often_enough_for_a_curve(arguments, every):
+    assert options.parse(arguments).eval_every == every
+
+
+def test_minimal_script_learns(monkeypatch, capsys):
+    small = {"WIDTH": 16, "HEADS": 2, "LAYERS": 1, "BATCH": 8, "TIME": 16}
+    for name, value in small.items():
+        monkeypatch.setattr(train_minimal, name, value)
+    loss = train_minimal.main(steps=40)
+    table, first, *_, last = capsys.readouterr().out.split("\nstep")
+    assert "total bytes" in table
+    assert f"{loss:.3f} nats" in last
+    assert loss < float(first.split()[2]) - 1
+
+
+def test_own_method_learns(capsys):
+    start = your_own_method.loss_fn({"kernel": jnp.zeros_like(your_own_method.target)})
+    for make in your_own_method.METHODS.values():
+        train = jax.jit(your_own_method.train, static_argnums=(1, 2))
+        assert train(0.1, make, 20) < 0.9 * start
+
+
+@pytest.mark.parametrize("script", [train_minimal, your_own_method])
+def test_one_page_scripts_are_one_file_of_one_page(script):
+    file = Path(script.__file__)
+    source = file.read_text()
+    assert len(source.splitlines()) <= 80
+    siblings = {path.stem for path in file.parent.iterdir()}
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+    }
+    assert not imported & siblings
 
 
 @pytest.mark.parametrize("optimizer", [*optimizers.aliases(), *optimizers.BASELINES])
