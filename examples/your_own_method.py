@@ -19,11 +19,11 @@ def step(
 
 mine = ol.Rule(init=jnp.zeros_like, turn=lambda M, turn: turn(M), step=step)
 METHODS = {
-    "mine": lambda rate: ol.assemble(ol.low_rank(mine, rank=8), rate, rank=8),
-    "galore": lambda rate: ol.galore(rate, rank=8),
+    "mine": lambda rate: ol.assemble(ol.low_rank(mine, rank=8, refresh=ol.every(20)), rate, rank=8),
+    "galore": lambda rate: ol.galore(rate, rank=8, update_proj_gap=20),
 }
 normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
-x, target = normal(0, 256, 32) * jnp.logspace(0, -1, 32), normal(1, 32, 48)
+x, target = normal(0, 256, 32) * jnp.logspace(0, -1, 32)[None], normal(1, 32, 48)
 loss_fn = lambda params: jnp.sum((x @ (params["kernel"] - target)) ** 2) / len(x)
 
 

@@ -25,7 +25,7 @@ STEPS = 14
 TINY = [
     *("--size=tiny", "--optimizer=galore", "--fit=svd"),  # those that compile soonest
     *("--batch-size=4", "--seq-len=16", f"--steps={STEPS}"),
-    *("--eval-every=6", "--eval-batches=2", "--checkpoint-every=4", "--clip=0"),
+    *("--eval-every=6", "--eval-batches=2", "--checkpoint-every=6", "--clip=0"),
     "--update-proj-gap=5",  # refits at steps 0, 5 and 10: on both sides of each stop
 ]
 # Sums over devices are taken in another order, and a refit amplifies that.
@@ -272,4 +272,4 @@ def test_processes_agree_on_a_stop_where_all_of_them_wait(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(devices, "in_any_process", lambda stop: True)
     assert training.due_after(args, 7, stop=True) == set()
-    assert training.due_after(args, 8, stop=False) == {"save", "stop"}
+    assert training.due_after(args, 10, stop=False) == {"look", "save", "stop"}

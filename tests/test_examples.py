@@ -24,7 +24,7 @@ import pytest
 import train_minimal
 import your_own_method
 from flax import nnx
-from lib import llama, optimizers, runs, steps, text, training
+from lib import comparison, llama, optimizers, runs, steps, text, training
 
 from .helpers import compilation_cache
 
@@ -342,7 +342,7 @@ def test_compare_takes_the_first_rates_first_and_then_the_seeds_of_the_front():
 
 def entry(name, share, *losses):
     seeds = dict(enumerate(outcome(x, share, step_ms=1, matrix_share=share) for x in losses))
-    return compare.Entry(name, name, {0.1: seeds[0]}, 0.1, seeds)
+    return comparison.Entry(name, name, {0.1: seeds[0]}, 0.1, seeds)
 
 
 def test_front_is_what_nothing_beats_with_fewer_bytes():
@@ -352,16 +352,16 @@ def test_front_is_what_nothing_beats_with_fewer_bytes():
         entry("beaten", 0.2, 2.5),
         entry("twin", 0.1, 2.1),
     )
-    assert compare.front([large, beaten, twin, small]) == [small, large]
+    assert comparison.front([large, beaten, twin, small]) == [small, large]
 
 
 def test_compared_losses_are_paired_by_seed():
     """1.1 − 1.0 and 1.4 − 1.2: 0.15 on average, by a standard error of 0.05; a third seed has no partner."""
     base, other = entry("base", 0.5, 1.0, 1.2), entry("other", 0.1, 1.1, 1.4, 9.0)
-    assert compare.paired(other, base) == ("+0.1500", "+3.0")
-    assert compare.paired(entry("one", 0.1, 1.1), base) == ("+0.1000", "–")
-    assert compare.paired(base, base) == ("–", "–")
-    lines = compare.table([base, other], "base").splitlines()
+    assert comparison.paired(other, base) == ("+0.1500", "+3.0")
+    assert comparison.paired(entry("one", 0.1, 1.1), base) == ("+0.1000", "–")
+    assert comparison.paired(base, base) == ("–", "–")
+    lines = comparison.table([base, other], "base").splitlines()
     assert lines[0].endswith("| − base | z |")
     assert lines[3].endswith("| 10.0% | 10.0% | 1 | +0.1500 | +3.0 |")
 

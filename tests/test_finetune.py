@@ -170,3 +170,11 @@ def test_tables_are_read_from_the_packages_files(tmp_path, monkeypatch):
     assert train.classes == ["acq", "wheat"]
     assert (train.texts, train.labels.tolist()) == (["train one", "train two"], [1, 0])
     assert test.texts == ["test one", "test two"]
+
+
+def test_figure_has_no_empty_panels():
+    result = {"confusion": [[3, 1], [0, 2]], "classes": CLASSES}
+    entries = [accuracy.Entry(f"method {i}", {}, 0.1, [result]) for i in range(5)]
+    assert [axes.get_title() for axes in accuracy.figure(entries).axes] == [
+        e.method for e in entries
+    ]

@@ -61,7 +61,10 @@ def figure(entries: Sequence[Entry], file: Path | None = None) -> matplotlib.fig
     columns = min(len(entries), 4)
     rows = -(-len(entries) // columns)
     fig = matplotlib.figure.Figure(figsize=(3.6 * columns, 3.6 * rows), layout="constrained")
-    for axes, e in zip(fig.subplots(rows, columns, squeeze=False).flat, entries, strict=False):
+    panels = fig.subplots(rows, columns, squeeze=False).flat
+    for axes in panels[len(entries) :]:
+        axes.remove()
+    for axes, e in zip(panels, entries, strict=False):
         counts = np.sum([r["confusion"] for r in e.seeds], axis=0)
         names = e.seeds[0]["classes"]
         axes.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), "Blues", vmin=0, vmax=1)
