@@ -24,7 +24,7 @@ import pytest
 import train_minimal
 import your_own_method
 from flax import nnx
-from lib import comparison, llama, optimizers, runs, steps, text, training
+from lib import comparison, llama, optimizers, options, runs, steps, text, training
 
 from .helpers import compilation_cache
 
