@@ -24,7 +24,7 @@ import pytest
 import train_minimal
 import your_own_method
 from flax import nnx
-from lib import comparison, llama, optimizers, options, runs, steps, text, training
+from lib import comparison, llama, optimizers, options, progress, runs, steps, text, training
 
 from .helpers import compilation_cache
 
@@ -417,7 +417,10 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(finished, corpus):
         pretrain_llama.main([*arguments, "--resume", "--steps=8"])
 
 
-def test_overwrite_begins_anew_and_says_where_it_is(finished, corpus, tmp_path, capsys):
+def test_overwrite_begins_anew_and_says_where_it_is(
+    finished, corpus, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(progress, "PATIENCE_S", math.inf)
     shutil.copytree(finished, tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "loss": 0.0}\n')
@@ -431,11 +434,16 @@ def test_overwrite_begins_anew_and_says_where_it_is(finished, corpus, tmp_path, 
     assert re.findall(rf"step +(\d+) of {STEPS}   loss ", said) == ["6", "10", "12"]
 
 
-def test_longer_resume_takes_the_rates_of_the_longer_run(finished, corpus, tmp_path, capsys):
+def test_longer_resume_takes_the_rates_of_the_longer_run(
+    finished, corpus, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(progress, "PATIENCE_S", 0)  # as if each step took long
     shutil.copytree(finished, tmp_path / "run")
     arguments = [*TINY, f"--corpus={corpus}", f"--out={tmp_path / 'run'}", "--resume"]
     assert pretrain_llama.main([*arguments, "--steps=16"])["finished"]
-    assert "the learning rate is that of a run of 16 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "from here on the learning rate is that of 16 steps" in said
+    assert re.findall(r"step +(\d+) of 16   loss ", said) == ["13", "14", "15", "16"]
     curve = losses(tmp_path / "run")
     assert {step: loss for step, loss in curve.items() if step <= STEPS} == losses(finished)
     assert sorted(curve) == list(range(1, 17))

@@ -34,7 +34,7 @@ def check_out(args: argparse.Namespace) -> None:
         if "steps" in changed and args.steps > changed["steps"]:
             del changed["steps"]
             if devices.is_first():
-                print(f"From here on the learning rate is that of a run of {args.steps} steps.\n")
+                print(f"Longer: from here on the learning rate is that of {args.steps} steps.\n")
         refuse(args, changed)
     elif not args.overwrite:
         raise SystemExit(
@@ -61,8 +61,8 @@ def begin(args: argparse.Namespace) -> None:
         return
     if args.overwrite:
         shutil.rmtree(args.out / "checkpoints", ignore_errors=True)
-        for name in RESULTS:
-            (args.out / name).unlink(missing_ok=True)
+    for name in RESULTS if args.overwrite else ("result.json",):  # of a finished run only
+        (args.out / name).unlink(missing_ok=True)
     (args.out / "settings.json").write_text(json.dumps(settings(args), indent=2))
 
 
