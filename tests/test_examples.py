@@ -16,6 +16,7 @@ from pathlib import Path
 import compare
 import jax
 import jax.numpy as jnp
+import matplotlib.image
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -24,7 +25,18 @@ import pytest
 import train_minimal
 import your_own_method
 from flax import nnx
-from lib import comparison, llama, optimizers, options, progress, runs, steps, text, training
+from lib import (
+    comparison,
+    llama,
+    optimizers,
+    options,
+    plots,
+    progress,
+    runs,
+    steps,
+    text,
+    training,
+)
 
 from .helpers import compilation_cache
 
@@ -144,10 +156,22 @@ def test_compacted_run_releases_memory_and_continues_bit_for_bit(corpus, tmp_pat
     assert q_proj["rank"] == [8]
     assert 0.5 < q_proj["captured_energy"][0] <= 1
     assert q_proj["steps_since_refresh"] == [1]
-    assert (whole / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
     run = tmp_path / "run"
     assert_continues_as(whole, run, [*arguments, f"--out={run}"], monkeypatch)
+
+
+def test_figures_have_ranks_where_they_change_and_no_empty_panel(tmp_path):
+    metrics = runs.Metrics(tmp_path / "metrics.jsonl", 0)
+    for step, rank in ((0, 0), (5, 8), (10, 8), (15, 4)):
+        basis = {"rank": [rank], "captured_energy": [0.5]}
+        metrics.add(step=step, loss=1.0)
+        metrics.add(step=step, bases={"layers/0/mlp/up_proj/kernel": basis})
+        if step >= 10:
+            plots.draw(metrics, "one MLP", tmp_path)
+            assert (tmp_path / "ranks.png").exists() == (step == 15)
+    height, width, _ = matplotlib.image.imread(tmp_path / "energy.png").shape
+    assert width < 1.3 * height  # one panel
 
 
 @pytest.fixture
