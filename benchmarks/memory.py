@@ -28,7 +28,7 @@ from benchmarks.trees import (
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import llama
+from lib import llama
 
 BATCH, TIME, MICRO_BATCHES = 1, 256, 4
 NAMES = (

@@ -28,11 +28,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.figure
 import numpy as np
 import pretrain_llama
-from llama import abstract_llama
-from matplotlib.axes import Axes
+from lib import runs
+from lib.comparison import Entry, draw_curves, draw_front, front, table
+from lib.llama import abstract_llama
+from lib.optimizers import default_lr, is_matrix, make_optimizer
+from lib.options import model_config, parse as parse_run
 
 import optax_lowrank
 
@@ -64,31 +66,6 @@ class Run(NamedTuple):
         return f"{name}-lr{self.lr:g}-seed{self.seed}"
 
 
-class Entry(NamedTuple):
-    """One contender: every finished rate with the first seed, and the best of them with every finished seed."""
-
-    name: str
-    optimizer: str
-    grid: dict[float, dict[str, Any]]
-    best_lr: float
-    seeds: dict[int, dict[str, Any]]
-
-    @property
-    def losses(self) -> list[float]:
-        return [result["valid_loss"] for result in self.seeds.values()]
-
-    @property
-    def share(self) -> float:
-        """State, of AdamW's."""
-        first = self.grid[self.best_lr]
-        return first["state_bytes"] / first["adamw_bytes"]
-
-    @property
-    def matrix_share(self) -> float:
-        """The same of the matrices inside the layers."""
-        return self.grid[self.best_lr]["matrix_share"]
-
-
 # ------------------------------------------------------------------------------------------------------- what to run
 
 
@@ -111,7 +88,7 @@ def parse_contender(text: str) -> Contender:
 
 
 def usual_rates(optimizer: str) -> list[float]:
-    return [factor * pretrain_llama.default_lr(optimizer) for factor in (1, 0.5, 2)]
+    return [factor * default_lr(optimizer) for factor in (1, 0.5, 2)]
 
 
 def schedule(contenders: Sequence[Contender], seeds: Sequence[int], done: Results) -> Iterator[Run]:
@@ -139,6 +116,7 @@ def carry_out(run: Run, out: Path, options: Sequence[str]) -> dict[str, Any]:
     """The result of one run, continued or begun."""
     argv = [*run.argv(options), f"--out={out / run.folder}"]
     if (out / run.folder / "settings.json").exists():
+        check_budget(argv)
         argv.append("--resume")
     if not pretrain_llama.main(argv)["finished"]:
         raise SystemExit("Stopped. The same command continues.")
@@ -146,9 +124,9 @@ def carry_out(run: Run, out: Path, options: Sequence[str]) -> dict[str, Any]:
 
 
 def read(run: Run, out: Path, options: Sequence[str]) -> dict[str, Any]:
-    """The result of a finished run; an error if it was another budget."""
-    argv, folder = run.argv(options), out / run.folder
-    pretrain_llama.check_out(pretrain_llama.parse([*argv, f"--out={folder}", "--resume"]))
+    """The result of a finished run."""
+    folder = out / run.folder
+    check_budget([*run.argv(options), f"--out={folder}"])
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     curve = [(r["step"], r["valid_loss"]) for r in map(json.loads, lines) if "valid_loss" in r]
     share = matrix_share(tuple(Run(run.contender, run.contender.rates[0], 0).argv(options)))
@@ -156,13 +134,19 @@ def read(run: Run, out: Path, options: Sequence[str]) -> dict[str, Any]:
     return result | {"curve": curve, "matrix_share": share}
 
 
+def check_budget(argv: Sequence[str]) -> None:
+    """An error if the run that is there has other settings: what is compared has one schedule from end to end."""
+    args = parse_run(argv)
+    runs.refuse(args, runs.changes(args))
+
+
 @functools.cache
 def matrix_share(argv: tuple[str, ...]) -> float:
     """State of the matrices inside the layers, of AdamW's for them."""
-    args = pretrain_llama.parse(argv)
-    shapes = abstract_llama(pretrain_llama.model_config(args))[1]
-    report = optax_lowrank.memory_report(pretrain_llama.make_optimizer(args), shapes)
-    groups = [g for path, g in report.groups.items() if pretrain_llama.is_matrix(path)]
+    args = parse_run(argv)
+    shapes = abstract_llama(model_config(args))[1]
+    report = optax_lowrank.memory_report(make_optimizer(args), shapes)
+    groups = [g for path, g in report.groups.items() if is_matrix(path)]
     return sum(g.arrays for g in groups) / sum(g.adamw for g in groups)
 
 
@@ -188,117 +172,6 @@ def entry_of(contender: Contender, seeds: Sequence[int], done: Results) -> Entry
 def entries_of(contenders: Sequence[Contender], seeds: Sequence[int], done: Results) -> list[Entry]:
     found = [entry_of(contender, seeds, done) for contender in contenders]
     return [entry for entry in found if entry]
-
-
-def front(entries: Sequence[Entry]) -> list[Entry]:
-    """Those that no other beats with as few bytes or fewer on the seed that all have, the smallest state first."""
-    first = lambda entry: entry.grid[entry.best_lr]["valid_loss"]
-    best, ahead = math.inf, []
-    for entry in sorted(entries, key=lambda e: (e.share, first(e))):
-        if first(entry) < best:
-            best = first(entry)
-            ahead.append(entry)
-    return ahead
-
-
-def paired(entry: Entry, baseline: Entry) -> tuple[str, str]:
-    """Mean difference to the baseline over the seeds that both have, and its z: the mean by its standard error."""
-    both = [seed for seed in entry.seeds if seed in baseline.seeds]
-    differences = [entry.seeds[s]["valid_loss"] - baseline.seeds[s]["valid_loss"] for s in both]
-    if entry.name == baseline.name or not both:
-        return "–", "–"
-    mean = np.mean(differences)
-    error = np.std(differences, ddof=1) / len(both) ** 0.5 if len(both) > 1 else 0
-    return f"{mean:+.4f}", f"{mean / error:+.1f}" if error else "–"
-
-
-def table(entries: Sequence[Entry], baseline: str | None = None) -> str:
-    """Markdown; a rate at the end of its grid is marked, for a better one may lie beyond."""
-    names = ["optimizer", "learning rate", "validation loss", "seeds", "state, bytes", "of AdamW"]
-    names += ["of its matrices", "ms/step"]
-    against = next((e for e in entries if e.name == baseline), None)
-    names += [f"− {baseline}", "z"] if against else []
-    rows = [names, ["---"] * len(names)]
-    ahead = front(entries)
-    for e in entries:
-        spread = f" ± {np.std(e.losses, ddof=1):.4f}" if len(e.losses) > 1 else ""
-        edge = "*" if len(e.grid) > 1 and e.best_lr in (min(e.grid), max(e.grid)) else ""
-        loss = f"{np.mean(e.losses):.4f}"
-        row = [e.name, f"{e.best_lr:g}{edge}", (f"**{loss}**" if e in ahead else loss) + spread]
-        row += [f"{len(e.losses)}", f"{e.grid[e.best_lr]['state_bytes']:,}", f"{e.share:.1%}"]
-        row += [f"{e.matrix_share:.1%}", f"{np.mean([r['step_ms'] for r in e.seeds.values()]):.0f}"]
-        rows.append(row + (list(paired(e, against)) if against else []))
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    if any("*" in row[1] for row in rows):
-        lines.append("\n\\* the best of its grid is its end: a better rate may lie beyond.")
-    if len(entries) > 1:
-        lines.append("\nBold: on the first seed, no other has a smaller loss with as few bytes.")
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------------ figures
-
-
-def draw_curves(entries: Sequence[Entry], file: Path) -> None:
-    """Validation loss over steps (best rate, mean over seeds), and at the end over the grid."""
-    fig = matplotlib.figure.Figure(figsize=(11, 4), layout="constrained")
-    curves, rates = fig.subplots(1, 2)
-    for e in entries:
-        # without the loss before the first step, which would flatten all the others
-        steps, loss = np.mean([result["curve"][1:] for result in e.seeds.values()], axis=0).T
-        curves.plot(steps, loss, marker="o", markersize=3, label=e.name)
-        final = [result["valid_loss"] for result in e.grid.values()]
-        rates.plot(list(e.grid), final, marker="o", markersize=3, label=e.name)
-    curves.set(xlabel="step", ylabel="validation loss (nats per token)", title="best learning rate")
-    rates.set(xlabel="learning rate", xscale="log", title="at the end, first seed")
-    ticks = sorted({lr for e in entries for lr in e.grid})
-    rates.set_xticks(ticks, [f"{lr:g}" for lr in ticks], rotation=45)
-    rates.minorticks_off()
-    for axes in (curves, rates):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    fig.savefig(file, dpi=150)
-
-
-def draw_front(entries: Sequence[Entry], file: Path) -> None:
-    """Validation loss over the state, of AdamW's: of all parameters, and of the matrices alone."""
-    fig = matplotlib.figure.Figure(figsize=(12, 5.5), layout="constrained")
-    everything, matrices = fig.subplots(1, 2, sharey=True)
-    draw_losses(everything, {e.name: e.share for e in entries}, entries)
-    draw_losses(matrices, {e.name: e.matrix_share for e in entries}, entries)
-    ahead = front(entries)
-    shares, losses = [100 * e.share for e in ahead], [np.mean(e.losses) for e in ahead]
-    everything.plot(shares, losses, color="0.8", linewidth=4, zorder=1)
-    everything.set(ylabel="validation loss (nats per token)", title="all parameters")
-    matrices.set(title="matrices of the layers")
-    handles, labels = everything.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=8)
-    fig.savefig(file, dpi=150)
-
-
-def draw_losses(axes: Axes, shares: dict[str, float], entries: Sequence[Entry]) -> None:
-    """Mean and standard deviation over the shares; a color for each optimizer, the rest of a name beside it."""
-    optimizers = dict.fromkeys(e.optimizer for e in entries)
-    for i, optimizer in enumerate(optimizers):
-        ours = [e for e in entries if e.optimizer == optimizer]
-        spread = [np.std(e.losses, ddof=1) if len(e.losses) > 1 else 0 for e in ours]
-        x, y = [100 * shares[e.name] for e in ours], [np.mean(e.losses) for e in ours]
-        axes.errorbar(x, y, spread, fmt="o", color=f"C{i}", capsize=3, label=optimizer)
-    for i, e in enumerate(sorted(entries, key=lambda e: np.mean(e.losses))):
-        text, at = (
-            e.name.removeprefix(e.optimizer).strip(" ,"),
-            (100 * shares[e.name], np.mean(e.losses)),
-        )
-        # neighbours would write over each other
-        beside, to = ((5, 4), "left") if i % 2 else ((-5, -9), "right")
-        axes.annotate(text, at, beside, textcoords="offset points", fontsize=7, ha=to)
-    ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-    least = min(1, *(80 * share for share in shares.values()))
-    axes.set(xlabel="state, % of AdamW's", xscale="log")
-    axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
-    axes.set_xlim(least, 130)
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
 
 
 # --------------------------------------------------------------------------------------------------------------- main

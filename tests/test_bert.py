@@ -2,18 +2,13 @@
 
 import importlib.metadata
 import math
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import bert
+from lib import bert
 
 TINY = bert.BertConfig(hidden=8, ffn=12, layers=2, heads=2, vocab=20, positions=10)
 TOKENS = np.array([[2, 7, 3, 0, 0], [2, 9, 11, 5, 3]])

@@ -13,14 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import pretrain_llama
 import pytest
 from jax.sharding import PartitionSpec as P
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import devices
-import pretrain_llama
-import text
+from lib import devices, options, text, training
 
 from .helpers import compilation_cache
 
@@ -29,7 +25,7 @@ STEPS = 14
 TINY = [
     *("--size=tiny", "--optimizer=galore", "--fit=svd"),  # those that compile soonest
     *("--batch-size=4", "--seq-len=16", f"--steps={STEPS}"),
-    *("--eval-every=6", "--eval-batches=2", "--checkpoint-every=4", "--clip=0"),
+    *("--eval-every=6", "--eval-batches=2", "--checkpoint-every=6", "--clip=0"),
     "--update-proj-gap=5",  # refits at steps 0, 5 and 10: on both sides of each stop
 ]
 # Sums over devices are taken in another order, and a refit amplifies that.
@@ -39,7 +35,8 @@ UP = "layers/0/mlp/up_proj/kernel"
 # A training process that gets a signal while it draws the batch of a step.
 CHILD = """
 import os, sys
-import pretrain_llama, text
+import pretrain_llama
+from lib import text
 
 def draw_and_signal(tokens, seed, at, *shape):
     if at == step:
@@ -59,7 +56,7 @@ def compiled_once(tmp_path_factory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory) -> list[str]:
+def arguments(tmp_path_factory) -> list[str]:
     corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     corpus.write_text(text.read_corpus()[:60_000], encoding="utf-8")
     return [*TINY, f"--corpus={corpus}"]
@@ -97,8 +94,8 @@ def assert_close(got: dict[int, float], want: dict[int, float]) -> None:
 
 
 def test_matrices_are_split_over_both_axes_and_their_state_with_them():
-    args = pretrain_llama.parse(TINY)
-    step = pretrain_llama.make_step(args, pretrain_llama.model_config(args))
+    args = options.parse(TINY)
+    step = training.make_step(args, options.model_config(args))
     places = devices.places(step, devices.make_mesh({"data": 4, "model": 2}, rows=4))
     specs = {
         jax.tree_util.keystr(path[:-1], simple=True, separator="/"): sharding.spec
@@ -120,28 +117,28 @@ def test_matrices_are_split_over_both_axes_and_their_state_with_them():
     [("model=2", ["--layerwise", "--accumulate=2"]), ("data=4", ["--optimizer=adamw"])],
     ids=["layerwise", "adamw"],
 )
-def test_a_mesh_has_the_losses_of_one_device(mesh, more, options, tmp_path):
+def test_a_mesh_has_the_losses_of_one_device(mesh, more, arguments, tmp_path):
     curves = []
     for name, where in [("one", []), ("mesh", [f"--mesh={mesh}"])]:
-        pretrain_llama.main([*options, *more, *where, f"--out={tmp_path / name}"])
+        pretrain_llama.main([*arguments, *more, *where, f"--out={tmp_path / name}"])
         curves.append(losses(tmp_path / name))
     assert_close(curves[1], curves[0])
 
 
 def test_compaction_leaves_the_state_where_it_lies():
-    args = pretrain_llama.parse([*TINY, "--rank=24"])
-    config = pretrain_llama.model_config(args)
-    step = pretrain_llama.make_step(args, config)
+    args = options.parse([*TINY, "--rank=24"])
+    config = options.model_config(args)
+    step = training.make_step(args, config)
     places = devices.places(step, devices.make_mesh({"data": 4, "model": 2}, rows=4))
-    state = pretrain_llama.first_state(args, config, step, places)
-    assert pretrain_llama.compacted(step, state, places) is state  # no matrix has a basis yet
+    state = training.first_state(args, config, step, places)
+    assert training.compacted(step, state, places) is state  # no matrix has a basis yet
 
     def use_six_columns(path, x):
         is_basis = "basis" in [getattr(key, "name", None) for key in path]
         return jax.device_put(x.at[..., :6].set(1.0), x.sharding) if is_basis else x
 
     used = jax.tree_util.tree_map_with_path(use_six_columns, state.opt_state)
-    smaller = pretrain_llama.compacted(step, state._replace(opt_state=used), places).opt_state
+    smaller = training.compacted(step, state._replace(opt_state=used), places).opt_state
     assert matrix_state(smaller)[UP].basis.shape == (1, 32, 12)  # and headroom, rounded up
     for x, sharding in zip(
         jax.tree.leaves(smaller), jax.tree.leaves(places.opt_state), strict=True
@@ -164,9 +161,9 @@ def matrix_state(opt_state: Any) -> dict[str, Any]:
         (["--mesh=data=2", "--compile-only"], "--compile-only compiles for one device"),
     ],
 )
-def test_mistakes_are_explained(more, message, options, tmp_path, capsys):
+def test_mistakes_are_explained(more, message, arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
-        pretrain_llama.main([*options, *more, f"--out={tmp_path / 'run'}"])
+        pretrain_llama.main([*arguments, *more, f"--out={tmp_path / 'run'}"])
     assert message in f"{error.value} {capsys.readouterr().err}"
     assert not (tmp_path / "run").exists()
 
@@ -241,21 +238,21 @@ def upto(step: int, curve: dict[int, float]) -> dict[int, float]:
 
 
 @pytest.mark.timeout(600)  # on a machine that does much else
-def test_a_run_goes_from_two_processes_to_one_and_back(options, tmp_path):
+def test_a_run_goes_from_two_processes_to_one_and_back(arguments, tmp_path):
     """Begun by two, of which one is killed; continued by one and stopped there; finished by two."""
     out, whole = tmp_path / "run", tmp_path / "whole"
-    pretrain_llama.main([*options, f"--out={whole}"])
+    pretrain_llama.main([*arguments, f"--out={whole}"])
     one_device = losses(whole)
 
-    killed = in_two_processes(out, options, 7, signal.SIGKILL)
+    killed = in_two_processes(out, arguments, 7, signal.SIGKILL)
     assert killed.codes[1] == -signal.SIGKILL, killed.said[1]
     assert_close(losses(out), upto(6, one_device))
 
     with interrupted_after(10):
-        assert not pretrain_llama.main([*options, "--resume", f"--out={out}"])["finished"]
+        assert not pretrain_llama.main([*arguments, "--resume", f"--out={out}"])["finished"]
     assert_close(losses(out), upto(10, one_device))
 
-    finished = in_two_processes(out, [*options, "--resume"])
+    finished = in_two_processes(out, [*arguments, "--resume"])
     assert finished.codes == [0, 0], finished.said
     assert_close(losses(out), one_device)
     result = json.loads((out / "result.json").read_text())
@@ -270,9 +267,9 @@ def test_a_run_goes_from_two_processes_to_one_and_back(options, tmp_path):
 
 def test_processes_agree_on_a_stop_where_all_of_them_wait(monkeypatch):
     """A signal reaches the other one, which stops after the same step, and saves."""
-    args = pretrain_llama.parse(TINY)
-    assert pretrain_llama.due_after(args, 7, stop=True) == {"save", "stop"}
+    args = options.parse(TINY)
+    assert training.due_after(args, 7, stop=True) == {"save", "stop"}
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(devices, "in_any_process", lambda stop: True)
-    assert pretrain_llama.due_after(args, 7, stop=True) == set()
-    assert pretrain_llama.due_after(args, 8, stop=False) == {"save", "stop"}
+    assert training.due_after(args, 7, stop=True) == set()
+    assert training.due_after(args, 10, stop=False) == {"look", "save", "stop"}

@@ -1,5 +1,6 @@
 """The examples: a run learns, a stopped one continues bit for bit, mistakes are explained."""
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -7,26 +8,35 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import compare
 import jax
 import jax.numpy as jnp
+import matplotlib.image
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import pytest
-from flax import nnx
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import compare
-import llama
 import pretrain_llama
-import steps
-import text
+import pytest
+import train_minimal
+import your_own_method
+from flax import nnx
+from lib import (
+    comparison,
+    llama,
+    optimizers,
+    options,
+    plots,
+    progress,
+    runs,
+    steps,
+    text,
+    training,
+)
 
 from .helpers import compilation_cache
 
@@ -79,7 +89,7 @@ def losses(out: Path) -> dict[int, float]:
 
 
 def last_checkpoint(out: Path) -> dict[str, np.ndarray]:
-    with pretrain_llama.checkpoints(out / "checkpoints") as manager:
+    with runs.checkpoints(out / "checkpoints") as manager:
         state = manager.restore(STEPS, args=ocp.args.StandardRestore())
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
@@ -116,6 +126,7 @@ def assert_continues_as(whole, run, arguments, monkeypatch):
     with interrupted_after(7, monkeypatch):
         assert not pretrain_llama.main(arguments)["finished"]
     assert max(losses(run)) == 7
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert pretrain_llama.main([*arguments, "--resume"])["finished"]
 
     assert losses(run) == losses(whole)
@@ -145,10 +156,22 @@ def test_compacted_run_releases_memory_and_continues_bit_for_bit(corpus, tmp_pat
     assert q_proj["rank"] == [8]
     assert 0.5 < q_proj["captured_energy"][0] <= 1
     assert q_proj["steps_since_refresh"] == [1]
-    assert (whole / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
     run = tmp_path / "run"
     assert_continues_as(whole, run, [*arguments, f"--out={run}"], monkeypatch)
+
+
+def test_figures_have_ranks_where_they_change_and_no_empty_panel(tmp_path):
+    metrics = runs.Metrics(tmp_path / "metrics.jsonl", 0)
+    for step, rank in ((0, 0), (5, 8), (10, 8), (15, 4)):
+        basis = {"rank": [rank], "captured_energy": [0.5]}
+        metrics.add(step=step, loss=1.0)
+        metrics.add(step=step, bases={"layers/0/mlp/up_proj/kernel": basis})
+        if step >= 10:
+            plots.draw(metrics, "one MLP", tmp_path)
+            assert (tmp_path / "ranks.png").exists() == (step == 15)
+    height, width, _ = matplotlib.image.imread(tmp_path / "energy.png").shape
+    assert width < 1.3 * height  # one panel
 
 
 @pytest.fixture
@@ -178,12 +201,12 @@ def test_layerwise_run_takes_the_same_steps(name, corpus, tmp_path, two_layers):
     np.testing.assert_allclose(curves[1], curves[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", [*pretrain_llama.aliases(), "adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [*optimizers.aliases(), "adamw", "muon"])
 def test_every_optimizer_has_a_layerwise_step(optimizer):
     """Traced, not run: parameters and state come out as they went in."""
-    options = [f"--optimizer={optimizer}", "--dtype=bfloat16", "--layerwise", "--state-bits=8"]
-    args = pretrain_llama.parse([*TINY, *options])
-    step = pretrain_llama.make_step(args, pretrain_llama.model_config(args))
+    more = [f"--optimizer={optimizer}", "--dtype=bfloat16", "--layerwise", "--state-bits=8"]
+    args = options.parse([*TINY, *more])
+    step = training.make_step(args, options.model_config(args))
     state = steps.TrainState(step.shapes, jax.eval_shape(step.init, step.shapes))
     tokens = jax.ShapeDtypeStruct((4, 33), jnp.int32)
     after, loss = jax.eval_shape(step, state, tokens, jax.eval_shape(lambda: jax.random.key(0)))
@@ -200,7 +223,8 @@ def test_interrupted_layerwise_run_continues_bit_for_bit(corpus, tmp_path, monke
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     bases = [record["bases"] for record in records if "bases" in record]
     assert bases[-1]["layers/1/attention/q_proj/kernel"]["rank"] == [8]
-    assert (whole / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert (whole / "energy.png").read_bytes().startswith(b"\x89PNG")
+    assert not (whole / "ranks.png").exists()  # they do not change
     run = tmp_path / "run"
     assert_continues_as(whole, run, [*TINY, *options, f"--out={run}"], monkeypatch)
 
@@ -342,7 +366,7 @@ def test_compare_takes_the_first_rates_first_and_then_the_seeds_of_the_front():
 
 def entry(name, share, *losses):
     seeds = dict(enumerate(outcome(x, share, step_ms=1, matrix_share=share) for x in losses))
-    return compare.Entry(name, name, {0.1: seeds[0]}, 0.1, seeds)
+    return comparison.Entry(name, name, {0.1: seeds[0]}, 0.1, seeds)
 
 
 def test_front_is_what_nothing_beats_with_fewer_bytes():
@@ -352,16 +376,16 @@ def test_front_is_what_nothing_beats_with_fewer_bytes():
         entry("beaten", 0.2, 2.5),
         entry("twin", 0.1, 2.1),
     )
-    assert compare.front([large, beaten, twin, small]) == [small, large]
+    assert comparison.front([large, beaten, twin, small]) == [small, large]
 
 
 def test_compared_losses_are_paired_by_seed():
     """1.1 − 1.0 and 1.4 − 1.2: 0.15 on average, by a standard error of 0.05; a third seed has no partner."""
     base, other = entry("base", 0.5, 1.0, 1.2), entry("other", 0.1, 1.1, 1.4, 9.0)
-    assert compare.paired(other, base) == ("+0.1500", "+3.0")
-    assert compare.paired(entry("one", 0.1, 1.1), base) == ("+0.1000", "–")
-    assert compare.paired(base, base) == ("–", "–")
-    lines = compare.table([base, other], "base").splitlines()
+    assert comparison.paired(other, base) == ("+0.1500", "+3.0")
+    assert comparison.paired(entry("one", 0.1, 1.1), base) == ("+0.1000", "–")
+    assert comparison.paired(base, base) == ("–", "–")
+    lines = comparison.table([base, other], "base").splitlines()
     assert lines[0].endswith("| − base | z |")
     assert lines[3].endswith("| 10.0% | 10.0% | 1 | +0.1500 | +3.0 |")
 
@@ -369,11 +393,11 @@ def test_compared_losses_are_paired_by_seed():
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_muon_in_codes_takes_nearly_the_same_step(bits):
     """The momentum of a first step is not read before the next, so that codes move that one only."""
-    options = [f"--option=state_bits={bits}"] if bits else []
-    args = pretrain_llama.parse([*TINY, "--optimizer=muon", "--clip=0", *options])
-    plain = pretrain_llama.parse([*TINY, "--optimizer=muon", "--clip=0"])
+    more = [f"--option=state_bits={bits}"] if bits else []
+    args = options.parse([*TINY, "--optimizer=muon", "--clip=0", *more])
+    plain = options.parse([*TINY, "--optimizer=muon", "--clip=0"])
     params = {"layers/0/kernel": jax.random.normal(jax.random.key(0), (64, 64))}
-    steps = [update_twice(pretrain_llama.make_optimizer(x), params) for x in (args, plain)]
+    steps = [update_twice(optimizers.make_optimizer(x), params) for x in (args, plain)]
     off = jnp.linalg.norm(steps[0] - steps[1]) / jnp.linalg.norm(steps[1])
     assert off <= {None: 0, 8: 0.02, 4: 0.2}[bits]
     assert (off > 0) == bool(bits)
@@ -395,6 +419,7 @@ def test_muon_in_codes_takes_nearly_the_same_step(bits):
         (["--corpus=nowhere.txt"], "nowhere.txt: no such file"),
         (["--seq-len=100000"], "too short"),
         (["--resume"], "holds no run"),
+        (["--resume", "--overwrite"], "not allowed with argument"),
     ],
 )
 def test_mistakes_are_explained(options, message, corpus, tmp_path, capsys):
@@ -408,13 +433,97 @@ def test_mistakes_are_explained(options, message, corpus, tmp_path, capsys):
 
 def test_a_run_is_neither_overwritten_nor_mixed_with_another(finished, corpus):
     arguments = [*TINY, f"--corpus={corpus}", f"--out={finished}"]
-    with pytest.raises(SystemExit, match="holds a run"):
+    with pytest.raises(SystemExit, match="--resume continues it, --overwrite begins anew"):
         pretrain_llama.main(arguments)
     with pytest.raises(SystemExit, match=r"lr was 0\.01, is 0\.5"):
         pretrain_llama.main([*arguments, "--resume", "--lr=0.5"])
+    with pytest.raises(SystemExit, match=f"steps was {STEPS}, is 8"):
+        pretrain_llama.main([*arguments, "--resume", "--steps=8"])
 
 
-@pytest.mark.parametrize("optimizer", [*pretrain_llama.aliases(), *pretrain_llama.BASELINES])
+def test_overwrite_begins_anew_and_says_where_it_is(
+    finished, corpus, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(progress, "PATIENCE_S", math.inf)
+    shutil.copytree(finished, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "loss": 0.0}\n')
+    (tmp_path / "run" / "ranks.png").touch()
+    arguments = [*TINY, f"--corpus={corpus}", f"--out={tmp_path / 'run'}"]
+    assert pretrain_llama.main([*arguments, "--overwrite"])["finished"]
+    assert losses(tmp_path / "run") == losses(finished)
+    assert not (tmp_path / "run" / "ranks.png").exists()
+    said = capsys.readouterr().out
+    assert re.search(r"compiling …\ncompiled in \d+ s\nstep +0 +validation loss", said)
+    assert re.findall(rf"step +(\d+) of {STEPS}   loss ", said) == ["6", "10", "12"]
+
+
+def test_longer_resume_takes_the_rates_of_the_longer_run(
+    finished, corpus, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(progress, "PATIENCE_S", 0)  # as if each step took long
+    shutil.copytree(finished, tmp_path / "run")
+    arguments = [*TINY, f"--corpus={corpus}", f"--out={tmp_path / 'run'}", "--resume"]
+    assert pretrain_llama.main([*arguments, "--steps=16"])["finished"]
+    said = capsys.readouterr().out
+    assert "from here on the learning rate is that of 16 steps" in said
+    assert re.findall(r"step +(\d+) of 16   loss ", said) == ["13", "14", "15", "16"]
+    curve = losses(tmp_path / "run")
+    assert {step: loss for step, loss in curve.items() if step <= STEPS} == losses(finished)
+    assert sorted(curve) == list(range(1, 17))
+    assert all(map(math.isfinite, curve.values()))
+    with pytest.raises(SystemExit, match=f"steps was 16, is {STEPS}"):  # it is the longer one now
+        pretrain_llama.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "every"),
+    [
+        (["--steps=1000"], 50),
+        (["--steps=400"], 50),
+        (["--steps=300"], 38),
+        (["--steps=5"], 1),
+        (["--steps=40", "--eval-every=20"], 20),
+    ],
+)
+def test_short_runs_are_evaluated_often_enough_for_a_curve(arguments, every):
+    assert options.parse(arguments).eval_every == every
+
+
+def test_minimal_script_learns(monkeypatch, capsys):
+    small = {"WIDTH": 16, "HEADS": 2, "LAYERS": 1, "BATCH": 8, "TIME": 16}
+    for name, value in small.items():
+        monkeypatch.setattr(train_minimal, name, value)
+    loss = train_minimal.main(steps=40)
+    table, first, *_, last = capsys.readouterr().out.split("\nstep")
+    assert "total bytes" in table
+    assert f"{loss:.3f} nats" in last
+    assert loss < float(first.split()[2]) - 1
+
+
+def test_own_method_learns(capsys):
+    start = your_own_method.loss_fn({"kernel": jnp.zeros_like(your_own_method.target)})
+    for make in your_own_method.METHODS.values():
+        train = jax.jit(your_own_method.train, static_argnums=(1, 2))
+        assert train(0.1, make, 20) < 0.9 * start
+
+
+@pytest.mark.parametrize("script", [train_minimal, your_own_method])
+def test_one_page_scripts_are_one_file_of_one_page(script):
+    file = Path(script.__file__)
+    source = file.read_text()
+    assert len(source.splitlines()) <= 80
+    siblings = {path.stem for path in file.parent.iterdir()}
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+    }
+    assert not imported & siblings
+
+
+@pytest.mark.parametrize("optimizer", [*optimizers.aliases(), *optimizers.BASELINES])
 def test_every_optimizer_fits_the_model(optimizer, capsys):
     result = pretrain_llama.main([f"--optimizer={optimizer}", "--size=60m", "--memory"])
     share = result["state_bytes"] / result["adamw_bytes"]

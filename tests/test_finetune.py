@@ -3,27 +3,21 @@
 import functools
 import json
 import re
-import sys
-from pathlib import Path
 
+import finetune_classifier
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lib import accuracy, bert, classifier, finetuning, labelled_text
 
 import optax_lowrank as ol
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import bert
-import finetune_classifier
-import labelled_text
 
 # all matrices of one shape: compiling is what these tests spend their time on
 TINY = bert.BertConfig(hidden=8, ffn=8, layers=1, heads=2, vocab=20, positions=10)
 CLASSES = ["even", "odd"]
 SMALL = ["--rank=2", "--batch-size=8", "--train-size=16", "--epochs=1", "--max-length=6"]
-METHODS = list(finetune_classifier.LEARNING_RATES)
+METHODS = list(finetuning.LEARNING_RATES)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +39,9 @@ def tiny(patch):
     random = np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(0.3 * random.standard_normal(leaf.shape), leaf.dtype)
     params = jax.tree.map(draw, shapes)
-    data = finetune_classifier.Data(texts(16, 0), texts(8, 1), texts(24, 2), CLASSES)
+    data = classifier.Data(texts(16, 0), texts(8, 1), texts(24, 2), CLASSES)
     patch.setattr(bert, "load_minilm", lambda: (graph, params, None))
-    patch.setattr(finetune_classifier, "load", lambda args, tokenizer: data)
+    patch.setattr(classifier, "load", lambda args, tokenizer: data)
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +73,9 @@ def sizes(weights, *options):
     args = parse(*options)
     found = {}
     for method in METHODS:
-        begin = functools.partial(
-            finetune_classifier.trainable, method, classes=2, seed=0, args=args
-        )
+        begin = functools.partial(finetuning.trainable, method, classes=2, seed=0, args=args)
         params = jax.eval_shape(begin, weights)
-        tx = finetune_classifier.make_optimizer(method, 0.1, 2, args)
+        tx = finetuning.make_optimizer(method, 0.1, 2, args)
         report = ol.memory_report(tx, params)
         found[method] = report.parameters, report.state
     return found
@@ -97,9 +89,7 @@ def test_bytes(session):
     for method in ("adamw", "lora", "dora"):
         trained, state = found[method]
         assert state == pytest.approx(2 * trained, abs=100)  # and a few counters
-    whole = {
-        method: found[method] for method in METHODS if method not in finetune_classifier.ADAPTERS
-    }
+    whole = {method: found[method] for method in METHODS if method not in finetuning.ADAPTERS}
     assert {trained for trained, _ in whole.values()} == {found["adamw"][0]}
 
 
@@ -124,11 +114,11 @@ def test_table_chooses_rates_and_repeats_nothing(tmp_path, monkeypatch):
         cell.strip() for cell in (tmp_path / "table.md").read_text().splitlines()[2].split("|")
     ]
     assert cells[1:3] == ["lora", f"{lora.best_lr:g}*"]  # an end of its grid
-    assert cells[3] == finetune_classifier.spread([100 * r["accuracy"] for r in lora.seeds])
+    assert cells[3] == accuracy.spread([100 * r["accuracy"] for r in lora.seeds])
     assert cells[6] == f"{lora.seeds[0]['state_bytes']:,}"
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
-    monkeypatch.setattr(finetune_classifier, "train", None)  # a second run would call it
+    monkeypatch.setattr(classifier, "train", None)  # a second run would call it
     assert finetune_classifier.main(arguments) == [lora]
     with pytest.raises(SystemExit, match="epochs was 1, is 2"):
         finetune_classifier.main([*arguments, "--epochs=2"])
@@ -137,10 +127,10 @@ def test_table_chooses_rates_and_repeats_nothing(tmp_path, monkeypatch):
 def test_lora_adds_its_product():
     args = parse("--adapter-scale=3")
     _, weights, _ = bert.load_minilm()
-    part = finetune_classifier.trainable("lora", weights, 2, 0, args)["encoder"]
+    part = finetuning.trainable("lora", weights, 2, 0, args)["encoder"]
     path = "layers/0/intermediate/kernel"
     part[path]["J"] = part[path]["J"] + 1
-    merged = finetune_classifier.merged("lora", weights, part, args)
+    merged = finetuning.merged("lora", weights, part, args)
     ours, before = (x["layers"][0]["intermediate"]["kernel"][...] for x in (merged, weights))
     np.testing.assert_allclose(ours - before, 3 * part[path]["I"] @ part[path]["J"], atol=1e-5)
     unmoved = (x["layers"][0]["output"]["kernel"][...] for x in (merged, weights))
@@ -148,10 +138,10 @@ def test_lora_adds_its_product():
 
 
 def test_scores_by_hand():
-    counts = finetune_classifier.confusion(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), 3)
+    counts = accuracy.confusion(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), 3)
     np.testing.assert_array_equal(counts, [[2, 1, 0], [0, 1, 0], [0, 0, 0]])
-    accuracy, macro_f1 = finetune_classifier.scores(counts)
-    assert accuracy == 0.75
+    share, macro_f1 = accuracy.scores(counts)
+    assert share == 0.75
     assert macro_f1 == pytest.approx((0.8 + 2 / 3 + 0) / 3)
 
 
@@ -180,3 +170,11 @@ def test_tables_are_read_from_the_packages_files(tmp_path, monkeypatch):
     assert train.classes == ["acq", "wheat"]
     assert (train.texts, train.labels.tolist()) == (["train one", "train two"], [1, 0])
     assert test.texts == ["test one", "test two"]
+
+
+def test_figure_has_no_empty_panels():
+    result = {"confusion": [[3, 1], [0, 2]], "classes": CLASSES}
+    entries = [accuracy.Entry(f"method {i}", {}, 0.1, [result]) for i in range(5)]
+    assert [axes.get_title() for axes in accuracy.figure(entries).axes] == [
+        e.method for e in entries
+    ]

@@ -1,21 +1,14 @@
 """The layer-wise update: equal to the ordinary one, refits where it should, and holds no gradient of the stack."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from lib import llama, steps
 
 import optax_lowrank as ol
 from tests.helpers import OPTIMIZERS, assert_trees_close
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import llama
-import steps
 
 LAYERS, WIDTH, HIDDEN, BATCH = 3, 6, 8, 10
 

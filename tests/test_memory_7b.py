@@ -1,14 +1,9 @@
 """The memory table of LLaMA-7B: what each accounting gives."""
 
 import re
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import memory_7b
+import pytest
 
 EIGHT, FOUR = ({"state_bits": 8, "basis_bits": bits} for bits in (8, 4))
 

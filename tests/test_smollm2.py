@@ -2,20 +2,13 @@
 
 import importlib.metadata
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
+import pretrain_llama
 import pytest
 from flax import nnx
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import llama
-import pretrain_llama
-import smollm2
-import text
+from lib import llama, options, smollm2, steps, text
 
 from tests.test_examples import compiled_once, interrupted_after, losses  # noqa: F401
 
@@ -173,7 +166,7 @@ def test_run_starts_from_the_file_and_continues_bit_for_bit(
     graph, _ = llama.abstract_llama(config)
     params = smollm2.llama_params(tensors, config)
     batches = tokens.valid_batches(2, 4, 32)
-    before = np.mean([pretrain_llama.loss_fn(graph, params, batch) for batch in batches])
+    before = np.mean([steps.loss_fn(graph, params, batch) for batch in batches])
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     first, *_, last = [record["valid_loss"] for record in records if "valid_loss" in record]
     np.testing.assert_allclose(first, before, rtol=1e-5)
@@ -182,7 +175,7 @@ def test_run_starts_from_the_file_and_continues_bit_for_bit(
 
 def test_mistakes_are_explained(monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        pretrain_llama.parse(["--init=smollm2", "--size=60m"])
+        options.parse(["--init=smollm2", "--size=60m"])
     assert "brings its own: leave --size out" in capsys.readouterr().err
 
     def missing(name):
@@ -209,5 +202,5 @@ def test_pretrained_model_reads_english():
     graph, _ = llama.abstract_llama(config)
     params = smollm2.llama_params(smollm2.read_tensors(), config)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
-    loss = jax.jit(pretrain_llama.loss_fn, static_argnums=0)(graph, params, np.array([ids[:321]]))
+    loss = jax.jit(steps.loss_fn, static_argnums=0)(graph, params, np.array([ids[:321]]))
     assert 2.6 < loss < 3.2

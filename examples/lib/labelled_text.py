@@ -15,8 +15,9 @@ import dataclasses
 import zlib
 
 import numpy as np
-from bert import package_file
 from tokenizers import Tokenizer
+
+from lib.bert import package_file
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-BOOK = Path(__file__).parent / "data" / "kjv.txt.xz"
+BOOK = Path(__file__).parents[1] / "data" / "kjv.txt.xz"
 
 
 def read_corpus(names: Sequence[str] = ()) -> str:

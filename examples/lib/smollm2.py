@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from llama import LlamaConfig, abstract_llama
+
+from lib.llama import LlamaConfig, abstract_llama
 
 if TYPE_CHECKING:  # imported where they are used, for only this model needs them
     import gguf

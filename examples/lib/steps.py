@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from llama import Block, Llama, LlamaConfig, abstract_llama, init_params, init_stacked
 
 import optax_lowrank
+from lib.llama import Block, Llama, LlamaConfig, abstract_llama, init_params, init_stacked
 
 Apply = Callable[[Any, Any, jax.Array], Any]  # (parameters, updates, key) -> parameters
 
