@@ -311,7 +311,7 @@ dense |
     Attention needs hd < d and heads * hd ≤ 4 d, or it counts as stacked kernels. A matrix with a side of size 1 is a
     vector: dense. Shape cannot settle everything: an attention output stacked at axis 1, (heads, L, hd, d), is taken
     for one at axis 0, layers that outnumber a side for that side, and weights stored (out, in) by other libraries than
-    Equinox for (in, out). `describe` shows it; an override settles it.
+    Equinox and Haliax for (in, out). `describe` shows it; an override settles it.
 
     Args:
         params: a tree of anything with a shape: arrays, `jax.ShapeDtypeStruct`, boxed or not.
