@@ -1,8 +1,8 @@
-"""MaxText: replace the function that makes its optimizers. Not run with MaxText, written from maxtext 0.2.5.
+"""MaxText: replace the function that makes its optimizers. MaxText's training has NOT been run with it.
 
     pip install optax_lowrank maxtext      # Python 3.12; and MaxText's own requirements
 
-All its trainers call `optimizers.get_optimizer`; call `patch` before them, with any `opt_type`:
+Its trainers, but for reinforcement learning, call `optimizers.get_optimizer`: `patch` it before, with `opt_type=adamw`.
 
     import maxtext_patch; maxtext_patch.patch()
     from maxtext.trainers.pre_train import train; train.main([...])
@@ -12,7 +12,9 @@ MaxText scans layers at axis 1, which no rule of shapes can tell from heads in t
 without `scan_layers`. They are for `self_attention` and `mlp`. For models with other names take the axes that MaxText
 finds for its Muon: `weight_dimension_numbers=get_muon_weight_dimension_numbers(model, config)`.
 
-What is run here is the optimizer, on a tree with MaxText's names and axes.
+Tried with maxtext 0.2.5, on shapes alone, with dummies for what this does not need, TensorFlow among it: its Llama has
+the names and axes of the tree below, and `create_training_optimizer` returns this optimizer. What runs here is the
+optimizer on such a tree.
 """
 
 import types
