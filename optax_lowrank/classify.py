@@ -1,8 +1,8 @@
 """Which leaves are matrices, by which axes, and to which rank: the rules, and what users say against them.
 
 From path and shape the rules (the table in `matrix_axes`) say which axes a layer sums over and which it produces.
-Three things they take from the tree around a leaf: that it belongs to a layer of Equinox, that it is a factor of an
-adapter, that its output is the vocabulary of an embedding.
+Three things they take from the tree around a leaf: that it belongs to a layer of Equinox or Haliax, that it is a factor
+of an adapter, that its output is the vocabulary of an embedding.
 """
 
 import math
@@ -120,10 +120,28 @@ def _is_equinox_layer(node) -> bool:
     )
 
 
+def _is_haliax_layer(node) -> bool:
+    return belongs_to(node, "haliax", "Linear", "MoELinear", "Embedding")
+
+
+def _in_haliax_layer(node) -> _Decision:
+    """The axes of a weight by their names: those of `In` and `Out`; others, of layers and experts, are batch axes."""
+    if belongs_to(node, "haliax", "Embedding"):
+        return _Decision(None, "embedding")
+
+    def places(spec):  # one axis, or several, or a dict by name
+        names = [getattr(x, "name", x) for x in ((spec,) if hasattr(spec, "name") else spec)]
+        return tuple(node.weight.axis_names.index(name) for name in names)
+
+    return _Decision(MatrixAxes(places(node.In), places(node.Out)), f"Haliax {type(node).__name__}")
+
+
 def _in_layer(node, name: str, shape: Shape) -> _Decision | None:
     """Axes of a leaf that its container settles, or None."""
     if _is_adapter(node):
         return _Decision(MatrixAxes(-2, -1), "adapter") if name in ("I", "J") else None
+    if _is_haliax_layer(node):
+        return _in_haliax_layer(node) if name == "weight" else None
     if not name.startswith("weight"):
         return None
     if belongs_to(node, "equinox", "Embedding"):
@@ -136,8 +154,8 @@ def _in_layer(node, name: str, shape: Shape) -> _Decision | None:
 
 
 def _known(params) -> dict[str, _Decision]:
-    """Decisions by path for leaves of Equinox layers, whose weights are (out, in), and of adapters."""
-    is_layer = lambda node: _is_adapter(node) or _is_equinox_layer(node)
+    """Decisions by path for leaves of layers that are known by their class, and of adapters."""
+    is_layer = lambda node: _is_adapter(node) or _is_equinox_layer(node) or _is_haliax_layer(node)
     known = {}
     for path, node in flatten_by_path(params, is_leaf=is_layer)[0].items():
         if is_layer(node):
@@ -281,10 +299,12 @@ def matrix_axes(params, overrides=None):
 `logits` or `classifier` | any | dense |
     | position table | `wpe`, `pe`; contains `pos`, `position(s)`, `positional` before `emb*`, `enc`, `encoding`, \
 `table`, `bias*`; the leaf itself is `pos`, `*_pos`, `position(s)`, `rel_pos_h`, `rel_pos_w` | any | dense |
-    | embedding | contains `embed`; `emb`, `*_emb`, `wte`; the weight of an Equinox `Embedding` | any | dense |
+    | embedding | contains `embed`; `emb`, `*_emb`, `wte`; the weight of an `Embedding` of Equinox or Haliax | any | \
+dense |
     | fewer than 2 axes | any | (), (n,) | dense |
     | Equinox layer | `weight*` of `eqx.nn.Linear`, `Conv*`, `GRUCell`, `LSTMCell` | (out, in), (L, out, in), \
 (out, in, ...) | all after out → out |
+    | Haliax layer | `weight` of `hnn.Linear`, `hnn.MoELinear` | any | `In` → `Out`, by the names of its axes |
     | head by vocabulary | any | (d, v) beside an embedding (v, d), v > d, and nothing takes v in | dense |
     | kernel | any | (m, n) | 0 → 1 |
     | convolution | contains `conv` | (..., c_in, c_out) | all others → -1 |
@@ -297,7 +317,7 @@ def matrix_axes(params, overrides=None):
     Attention needs hd < d and heads * hd ≤ 4 d, or it counts as stacked kernels. A matrix with a side of size 1 is a
     vector: dense. Shape cannot settle everything: an attention output stacked at axis 1, (heads, L, hd, d), is taken
     for one at axis 0, layers that outnumber a side for that side, and weights stored (out, in) by other libraries than
-    Equinox for (in, out). `describe` shows it; an override settles it.
+    Equinox and Haliax for (in, out). `describe` shows it; an override settles it.
 
     Args:
         params: a tree of anything with a shape: arrays, `jax.ShapeDtypeStruct`, boxed or not.

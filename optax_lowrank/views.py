@@ -31,7 +31,8 @@ def leaves_with_path(tree, is_leaf=None) -> list[tuple[tuple, Any]]:
     """`jax.tree.leaves_with_path` in which a box has no key: a leaf's key path is the same boxed and bare.
 
     A box is a node of one of Flax's classes (`nnx.Param` and any other `Variable`; `nn.Partitioned` and any other
-    `AxisMetadata`), wherever in the tree it stands. A field of the user's that is called `value` keeps its key.
+    `AxisMetadata`) or a `NamedArray` of Haliax, wherever in the tree it stands. A field of the user's that is called
+    `value` keeps its key.
     """
     is_leaf = is_leaf or (lambda node: False)
     found = []
@@ -93,6 +94,7 @@ def belongs_to(node, library: str, *classes: str) -> bool:
 
 def _is_box(node) -> bool:
     named = belongs_to(node, "flax", "Variable", "VariableState", "AxisMetadata")
+    named = named or belongs_to(node, "haliax", "NamedArray")
     return named and not jax.tree_util.all_leaves([node])
 
 

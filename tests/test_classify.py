@@ -1,5 +1,6 @@
-"""Rules: the layers of Flax and Equinox are known, names mean what they say, and overrides win."""
+"""Rules: the layers of Flax, Equinox and Haliax are known, names mean what they say, and overrides win."""
 
+import collections
 import dataclasses
 import re
 from typing import Any
@@ -316,6 +317,58 @@ def test_classes_that_only_share_a_name_with_equinox_are_not_its_layers():
     linear = dataclasses.make_dataclass("Linear", [("weight", Any)])
     linear = jax.tree_util.register_dataclass(linear)
     assert axes_by_path(linear(np.ones((3, 4)))) == {"weight": KERNEL}
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class NamedArray:
+    """Haliax's, as far as the rules look: one array, and the names of its axes."""
+
+    __module__ = "haliax.core"
+    array: Any
+    axis_names: tuple[str, ...]
+
+    def tree_flatten(self):
+        return (self.array,), self.axis_names
+
+    @classmethod
+    def tree_unflatten(cls, axis_names, children):
+        return cls(*children, axis_names)
+
+
+def haliax_layer(kind, names, shape, **axes):
+    fields = ["weight", "bias", *axes]
+    layer = dataclasses.make_dataclass(kind, fields)
+    layer.__module__ = "haliax.nn"
+    layer = jax.tree_util.register_dataclass(layer, fields[:2], fields[2:])
+    bias = NamedArray(jax.ShapeDtypeStruct((2, 5), jnp.float32), ("layers", "out"))
+    return layer(NamedArray(jax.ShapeDtypeStruct(shape, jnp.float32), names), bias, **axes)
+
+
+def test_haliax_layers_say_which_axes_are_in_and_out():
+    """Stacked, with output axes first, several of them, and experts: shapes alone would mislead."""
+    named = collections.namedtuple("Axis", "name size")
+    embed, heads, size = named("embed", 8), named("heads", 3), named("size", 4)
+    query, out = ("layers", "heads", "size", "embed"), ("layers", "embed", "heads", "size")
+    expert = ("layers", "expert", "in", "out")
+    model = {
+        "q_proj": haliax_layer("Linear", query, (2, 3, 4, 8), In=embed, Out=(heads, size)),
+        "o_proj": haliax_layer("Linear", out, (2, 8, 3, 4), In=[heads, size], Out=embed),
+        "by_name": haliax_layer("Linear", ("out", "in"), (6, 5), In={"in": 5}, Out={"out": 6}),
+        "up": haliax_layer(
+            "MoELinear", expert, (2, 3, 8, 9), In=named("in", 8), Out=named("out", 9)
+        ),
+        "table": haliax_layer("Embedding", ("vocab", "embed"), (50, 8), Vocab=50, Embed=embed),
+        "input_layernorm": {"weight": NamedArray(jnp.ones((2, 8)), ("layers", "embed"))},
+    }
+    axes = axes_by_path(model)
+    assert {path: found for path, found in axes.items() if found is not None} == {
+        "q_proj/weight": MatrixAxes(3, (1, 2)),
+        "o_proj/weight": MatrixAxes((2, 3), 1),
+        "by_name/weight": OUT_IN,
+        "up/weight": MatrixAxes(2, 3),
+    }
+    assert re.search(r"q_proj/weight .* Haliax Linear\n", describe(model))
 
 
 def test_only_shape_is_read():
