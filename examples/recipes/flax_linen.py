@@ -55,7 +55,7 @@ def train_step(state, tokens):
 
 def main():
     model = Transformer(64)
-    params = model.init(jax.random.key(0), TOKENS[:, :-1])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS[:, :-1])["params"]
     state = TrainState.create(apply_fn=model.apply, params=params, tx=ol.fira(1e-2, rank=8))
     print(ol.describe(params, rank=8))
 
