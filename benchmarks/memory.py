@@ -36,6 +36,7 @@ NAMES = (
     "optax.contrib.galore",
     "galore",
     "fira",
+    "fira, 8 bits",
     "apollo",
     "gradnormlorp, 8 bits",
     "low_rank_muon",

@@ -85,6 +85,7 @@ def optimizers(size: Size) -> dict[str, optax.GradientTransformation]:
     return found | {
         'galore(side="long")': ol.galore(1e-3, side="long", **r),
         "fira": ol.fira(1e-3, **r),
+        "fira, 8 bits": ol.fira(1e-3, state_bits=8, **r),
         "apollo": ol.apollo(1e-3, **r),
         "natural_galore": ol.natural_galore(1e-3, **r),
         "adarankgrad": ol.adarankgrad(1e-3, **r),

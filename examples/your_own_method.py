@@ -10,9 +10,8 @@ import optax
 import optax_lowrank as ol
 
 
-def step(
-    R, columns, M
-):  # coordinates (r, n), squared lengths of the gradient's columns (n,), state
+def step(R, columns, M):
+    """Of coordinates (r, n), squared lengths of the gradient's columns (n,), and the state."""
     M = 0.9 * M + R
     return M - R, jnp.ones(R.shape[1]), M
 

@@ -37,16 +37,16 @@ def is_integer(x: Any) -> bool:
     return isinstance(x, Integral) and not isinstance(x, bool)
 
 
-def number(name: str, x: Any, low=-inf, high=inf, below=inf, kind="a number") -> None:
+def number(name: str, x: Any, low=-inf, high=inf, below=None, kind="a number") -> None:
     """Raises TypeError unless it is a number or a scalar array, ValueError unless low ≤ x ≤ high and x < below."""
     if isinstance(x, bool) or not (isinstance(x, Real) or getattr(x, "shape", None) == ()):
         remedy = f"A schedule of it: `inject_hyperparams(optimizer)(..., {name}=schedule)`."
         remedy = remedy if callable(x) else "Give a float, an int or a scalar array."
         raise TypeError(f"`{name}` must be {kind}, got {shown(x)}. {remedy}")
-    if isinstance(x, Real) and not (low <= x <= high and x < below):
+    if isinstance(x, Real) and not (low <= x <= high and (below is None or x < below)):
         need = "not be negative" if low == 0 else f"be at least {low}"
-        if min(high, below) < inf:
-            need = f"be in [{low}, {high}]" if high < below else f"be in [{low}, {below})"
+        if below is not None or high < inf:
+            need = f"be in [{low}, {high}]" if below is None else f"be in [{low}, {below})"
         raise ValueError(f"`{name}` must {need}, got {x}.")
 
 
@@ -90,6 +90,11 @@ def transformation(name: str, x: Any, remedy: str = "") -> None:
 
 class Probed(optax.GradientTransformationExtraArgs):
     """A transformation whose steps go where they should, or are looked at in `init`."""
+
+
+def trusted(tx: optax.GradientTransformation) -> Probed:
+    """What the library has made itself, and need not look at."""
+    return Probed(*optax.with_extra_args_support(tx))
 
 
 def probed(name: str, tx: optax.GradientTransformation, *, downhill: bool) -> Probed:

@@ -193,10 +193,10 @@ class Options:
         owns_learning_rate: bool = False,
     ) -> optax.GradientTransformationExtraArgs:
         """`assemble` with these options."""
-        right = checks.Probed(*self.adam()) if inner is None else inner
+        right = checks.trusted(self.adam()) if inner is None else inner
         inner = checks.probed("base_optimizer", right, downhill=False)
         if self.state_bits is not None:
-            inner = checks.Probed(*quantize_state(inner, **self.bits))
+            inner = checks.trusted(quantize_state(inner, **self.bits))
         dense = self.dense
         if self.dense_learning_rate is not None:
             dense = assemble(
@@ -208,7 +208,7 @@ class Options:
                 weight_decay=self.weight_decay,
                 mask=self.mask,
             )
-            dense = checks.Probed(*dense)
+            dense = checks.trusted(dense)
         return assemble(
             matrix,
             learning_rate,

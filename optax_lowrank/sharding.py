@@ -1,4 +1,28 @@
-"""Where the arrays of an optimizer state live on a mesh, given where the parameters live."""
+"""Where the arrays of an optimizer state live on a mesh, given where the parameters live.
+
+Steps and refits multiply with a sharded gradient where it lies: what travels is r columns or rows wide, never a matrix.
+Exceptions are `svd()` and `dct()`, Muon's products, and stacks that are split along their layers.
+
+Data parallelism can exchange less than gradients. With `axis_name`, inside `jax.shard_map`, each device gives its own
+gradient, and what is averaged are coordinates, r · n numbers instead of m · n, and at refits sketches:
+
+    >>> import jax, jax.numpy as jnp, optax, optax_lowrank as ol
+    >>> from jax.sharding import AxisType, PartitionSpec as P
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    >>> tx = ol.galore(1e-2, rank=2, axis_name="data")
+    >>> def step(params, state, x, y):
+    ...     loss = lambda p: jnp.mean((x @ p["kernel"] - y) ** 2)  # of the device's own rows
+    ...     own = jax.lax.pcast(params, "data", to="varying")  # or `jax.grad` sums whole gradients
+    ...     updates, state = tx.update(jax.grad(loss)(own), state, params)
+    ...     return optax.apply_updates(params, updates), state
+    >>> rows = (P(), P(), P("data"), P("data"))
+    >>> step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=rows, out_specs=P()))
+    >>> x, y = jax.random.normal(jax.random.key(0), (64, 8)), jnp.ones((64, 6))
+    >>> params = {"kernel": jnp.zeros((8, 6))}
+    >>> params, state = step(params, tx.init(params), x, y)  # equal on all devices
+    >>> bool(jnp.any(params["kernel"] != 0))
+    True
+"""
 
 from typing import Any
 

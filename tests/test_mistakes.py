@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import optax_lowrank as ol
-from optax_lowrank.checks import Probed
+from optax_lowrank.checks import trusted
 
 from .helpers import assert_trees_equal
 
@@ -284,7 +284,7 @@ def test_direction_that_is_right(inner):
 def test_wherever_init_is_called():
     """What steps of `dense` are tried on is no part of the program, nor of the devices around it."""
     right, wrong = (galore(dense=tx) for tx in (optax.sgd(0.1), optax.identity()))
-    unasked = galore(dense=Probed(*optax.sgd(0.1)))
+    unasked = galore(dense=trusted(optax.sgd(0.1)))
     assert str(jax.make_jaxpr(right.init)(PARAMS)) == str(jax.make_jaxpr(unasked.init)(PARAMS))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere = PartitionSpec()

@@ -70,10 +70,12 @@ def test_stochastic_rounding_errs_by_less_than_one_bin(x, signed, block, seed):
     book = unit[..., None] * np.array(codes.code_book(signed))
     exact = np.clip(x, book[..., 0], None) * (unit > 0)  # there is no −1 in the book
     slack = 1e-6 * unit
-    below = np.where(book <= (exact + slack)[..., None], book, -np.inf).max(axis=-1)
-    above = np.where(book >= (exact - slack)[..., None], book, np.inf).min(axis=-1)
+    # a number that is, but for rounding, in the book may become either neighbour
+    below = np.where(book <= (exact - slack)[..., None], book, -np.inf).max(axis=-1)
+    above = np.where(book >= (exact + slack)[..., None], book, np.inf).min(axis=-1)
     lost = np.where(~np.bool_(signed) & (x > 0), 3.25e-7 * unit, 0)
     assert np.all((back >= below - slack) & (back <= np.maximum(above, lost) + slack))
+    assert np.all(back[x == 0] == 0)
     assert np.all(back * x >= 0)
 
 

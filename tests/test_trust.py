@@ -129,7 +129,7 @@ def test_a_leaf_depends_neither_on_its_name_nor_on_other_leaves(row):
     clean, clean_state, updates = run(tx, params, grads)
     for got, reference in zip(updates, want, strict=True):
         expected = {name: reference[same] for name, (same, _) in ALIKE.items()}
-        assert_trees_close(got, expected, 1e-5)
+        assert_trees_close(got, expected, 1e-4)  # another program rounds differently
 
     # what is not finite in some leaves is nothing to the others, neither now nor later
     bad = {"mu/w", "nu", "R", "inner", "mu"}

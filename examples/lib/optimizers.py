@@ -13,7 +13,7 @@ import optax.contrib
 
 import optax_lowrank
 
-BASELINES = ("adamw", "contrib-galore", "muon")
+BASELINES = ("adafactor", "adamw", "contrib-galore", "muon")
 # Peak learning rates, from grids of `nano` on the shipped book (`compare.py` makes them).
 LEARNING_RATES = {"adamw": 3e-3, "fira": 1e-2, "muon": 2e-2}
 LOW_RANK_LEARNING_RATE = 2e-2  # GaLore's best; every other one starts from it
@@ -86,6 +86,10 @@ def baseline(
 ) -> optax.GradientTransformation:
     lr, options = schedule(args, args.lr), own_options(args)
     match args.optimizer:
+        case "adafactor":
+            rate_of_decay = args.weight_decay or None
+            tx = optax.adafactor(lr, weight_decay_rate=rate_of_decay, **options)
+            return matrices(tx, dense)
         case "adamw":
             return adamw(lr, args.state_bits, decay, **options)
         case "contrib-galore":
