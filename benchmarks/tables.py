@@ -52,7 +52,7 @@ def bars(xlabel: str, groups: Mapping[str, Mapping[str, float]], log: bool = Fal
     height = 0.3 * max(map(len, groups.values())) + 0.9
     figure = Figure((6 * columns, height * rows), dpi=100, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for ax, (title, values) in zip(panels, groups.items(), strict=False):
+    for (title, values), ax in zip(groups.items(), panels, strict=False):
         peer = [name.startswith(("optax", "torch", "jnp")) for name in values]
         colors = ["#b0b7bf" if grey else "#2a6f97" for grey in peer]
         drawn = ax.barh(list(values), list(values.values()), color=colors)

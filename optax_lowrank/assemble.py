@@ -84,26 +84,17 @@ def assemble(
     checks.rate("learning_rate", learning_rate)
     checks.number("weight_decay", weight_decay, 0)
     checks.transformation("matrix", matrix)
-    if dense is not None:
-        dense = checks.probed("dense", dense, downhill=True)
-    if inner is not None:
-        inner = checks.probed("inner", inner, downhill=False)
-    rest = _summed((inner or optax.scale_by_adam()) if dense is None else dense, accumulate)
-    rest = _in_float32(rest) if dense is None else rest
     finished_here = {"matrix": not owns_learning_rate, "dense": dense is None}
     labels = functools.partial(_labels, axes=axes, rank=rank)
-    direction = optax.partition({"matrix": matrix, "dense": _guarded(rest)}, labels)
+    rest = _of_the_rest(dense, inner, accumulate)
+    direction = optax.partition({"matrix": matrix, "dense": rest}, labels)
+    rate_at = learning_rate if callable(learning_rate) else lambda _: learning_rate
     never_decays = isinstance(weight_decay, (int, float)) and weight_decay == 0
 
     def init(params):
         checks.arrays(params)
         if _is_whole(params):
-            if not (never_decays and callable(mask)):
-                _decaying(mask, params)  # raises if it does not fit
-            axes_by_path(params, axes)  # raises if overrides do not fit
-            if "matrix" not in jax.tree.leaves(labels(params)):
-                dense_only = "no leaf is projected: this is an optimizer of dense leaves."
-                warnings.warn(f"{dense_only}\n{describe(params, axes, rank=rank)}", stacklevel=2)
+            _check_whole(params, axes, rank, None if never_decays and callable(mask) else mask)
         return OptimizerState(direction.init(params), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
@@ -113,10 +104,8 @@ def assemble(
         updates = _dense_averaged(updates, parts, axis_name)
         with checks.noted("`update` takes gradients of the parameters that `init` was called for."):
             out, new = direction.update(updates, state.direction, params, **extra)
-        scheduled, decay = callable(learning_rate), weight_decay
-        rate = learning_rate(state.count // accumulate) if scheduled else learning_rate
-        if accumulate > 1:
-            decay = jnp.where((state.count + 1) % accumulate == 0, decay, 0)
+        rate = rate_at(state.count // accumulate)
+        decay = jnp.where((state.count + 1) % accumulate == 0, weight_decay, 0)
         decaying = {} if never_decays else _decaying(mask, params)
         taken = {} if never_decays else _taken(updates, new, axes)
 
@@ -125,8 +114,7 @@ def assemble(
                 return u
             x = u.astype(wide(u))
             if path in decaying:
-                λ = jnp.where(taken[path], decay, 0).astype(x.dtype)
-                x = x + λ * decaying[path].astype(x.dtype)
+                x = x + jnp.where(taken[path], decay, 0) * decaying[path].astype(x.dtype)
             return (-jnp.asarray(rate, x.dtype) * x).astype(u.dtype)
 
         leaves, treedef = flatten_by_path(out)
@@ -134,6 +122,24 @@ def assemble(
         return out, OptimizerState(new, optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _of_the_rest(dense, inner, accumulate):
+    """The transformation of the dense leaves: `dense` as it is, or `inner` in float32."""
+    if dense is not None:
+        return _guarded(_summed(checks.probed("dense", dense, downhill=True), accumulate))
+    if inner is not None:
+        inner = checks.probed("inner", inner, downhill=False)
+    return _guarded(_in_float32(_summed(inner or optax.scale_by_adam(), accumulate)))
+
+
+def _check_whole(params, axes, rank, mask):
+    """Raises where overrides or mask do not fit the parameters, and warns where nothing is projected."""
+    _decaying(mask, params)
+    axes_by_path(params, axes)
+    if "matrix" not in jax.tree.leaves(_labels(params, axes, rank)):
+        dense_only = "no leaf is projected: this is an optimizer of dense leaves."
+        warnings.warn(f"{dense_only}\n{describe(params, axes, rank=rank)}", stacklevel=3)
 
 
 def _labels(tree, axes, rank):
