@@ -1,7 +1,7 @@
 """Tables for people: aligned text, and HTML in a notebook, from the same rows."""
 
 import html
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 
 class Table(str):
@@ -16,8 +16,7 @@ class Table(str):
 class Tabular:
     """What is shown as the table of its `_table`, by `str()` and in a notebook."""
 
-    def _table(self) -> Table:
-        raise NotImplementedError
+    _table: Callable[[], Table]
 
     def __str__(self):
         return str.__str__(self._table())

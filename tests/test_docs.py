@@ -41,7 +41,9 @@ def test_readme():
         if "manager" not in block:  # a checkpoint manager is the reader's
             with jax.numpy_rank_promotion("allow"):
                 exec(block, scope)
-    for line in re.findall(r"^\| [^|]*\| `((?:ol|optax)\.[^`…]*)` \|", README, re.MULTILINE):
+    lines = re.findall(r"^\| [^|]*\| `((?:ol|optax)\.[^`…]*)` \|", README, re.MULTILINE)
+    assert len(lines) == 8
+    for line in lines:
         made = eval(line, scope, {"params": {"kernel": jnp.ones((64, 64))}})
         assert hasattr(made, "init") or jax.tree.leaves(made), line
 

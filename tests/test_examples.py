@@ -531,6 +531,17 @@ def test_every_optimizer_fits_the_model(optimizer, capsys):
     assert "lm_head/kernel" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("optimizer", optimizers.BASELINES)
+def test_weight_decay_of_baselines_is_a_multiple_of_the_learning_rate(optimizer):
+    """Without a gradient a step is −η λ W."""
+    decay = ["--lr=0.01", "--weight-decay=0.5", "--warmup=0"]
+    args = options.parse([f"--optimizer={optimizer}", *decay], about="")
+    params = {"layers": {"kernel": jnp.ones((40, 48))}}
+    tx = optimizers.make_optimizer(args)
+    updates, _ = tx.update(optax.tree.zeros_like(params), tx.init(params), params)
+    np.testing.assert_allclose(updates["layers"]["kernel"], -0.005, rtol=1e-5)
+
+
 def test_newsgroups_says_how_to_get_it(monkeypatch):
     def missing(name):
         raise text.importlib.metadata.PackageNotFoundError(name)

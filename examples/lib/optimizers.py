@@ -15,7 +15,7 @@ import optax_lowrank
 
 BASELINES = ("adafactor", "adamw", "contrib-galore", "muon")
 # Peak learning rates, from grids of `nano` on the shipped book (`compare.py` makes them).
-LEARNING_RATES = {"adamw": 3e-3, "fira": 1e-2, "muon": 2e-2}
+LEARNING_RATES = {"adafactor": 0.1, "adamw": 3e-3, "fira": 1e-2, "muon": 2e-2}
 LOW_RANK_LEARNING_RATE = 2e-2  # GaLore's best; every other one starts from it
 DENSE_LEARNING_RATE = 3e-3
 FITS = ("randomized_svd", "svd", "subspace_iteration", "gaussian", "seeded", "dct")
@@ -87,9 +87,9 @@ def baseline(
     lr, options = schedule(args, args.lr), own_options(args)
     match args.optimizer:
         case "adafactor":
-            rate_of_decay = args.weight_decay or None
-            tx = optax.adafactor(lr, weight_decay_rate=rate_of_decay, **options)
-            return matrices(tx, dense)
+            # its own `weight_decay_rate` is no multiple of the learning rate
+            decayed = optax.add_decayed_weights(-args.weight_decay), optax.scale_by_schedule(lr)
+            return matrices(optax.chain(optax.adafactor(None, **options), *decayed), dense)
         case "adamw":
             return adamw(lr, args.state_bits, decay, **options)
         case "contrib-galore":
