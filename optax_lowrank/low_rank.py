@@ -375,7 +375,8 @@ class _Core:
             R = jnp.where(fitted, _without_round_off(R, 1e-5 if exact else 2**-6), R)
         columns = jnp.sum(jnp.square(G.astype(R.dtype)), axis=0).astype(jnp.float32)
         if P.dtype != R.dtype and K is None:
-            columns = columns + _overlap(P, R)
+            # else P R of all leaves' sizes would be made behind the rule, beside what it makes of R
+            R, columns = jax.lax.optimization_barrier((R, columns + _overlap(P, R)))
         columns = mean_over(self.plan.axis_name, columns)
         return _Projected(R, P, K, columns, kept)
 

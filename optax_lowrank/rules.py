@@ -329,23 +329,27 @@ def accumulated(rule: Rule | optax.GradientTransformation, k: int) -> Rule:
         # a basis that is refit late, after bad gradients, turns what the window has summed so far
         return AccumulatedState(turn(state.mean), rule.turn(state.inner, turn))
 
-    def step(R, columns, state, *, count, **extra):
+    def step(R, columns, state, *, count, finite=True, **extra):
         del columns
-        mean = state.mean + R / k
+        state = state._replace(mean=state.mean + R / k)  # R is zeros where it is not finite
 
-        def end(_):
-            A, c, inner = rule.step(mean, None, state.inner, count=count // k, **extra)
+        def end(at):
+            _, (mean, old) = at
+            A, c, new = rule.step(mean, None, old, count=count // k, finite=finite, **extra)
             if c is not None:
                 raise ValueError(
                     "`accumulated` sums coordinates; a rule that weighs columns needs whole gradients."
                 )
-            return A, AccumulatedState(jnp.zeros_like(mean), inner)
+            taken = finite & jnp.isfinite(jnp.sum(jnp.square(A)))
+            return A, AccumulatedState(jnp.where(taken, 0, mean), rule.keep(taken, new, old))
 
-        nothing = jnp.zeros_like(R), state._replace(mean=mean)
-        A, state = when((count + 1) % k == 0, end, nothing)
-        return A, None, state
+        last = (count + 1) % k == 0
+        A, state = when(last, end, (R, state))
+        return jnp.where(last, A, 0), None, state
 
-    return Rule(lambda R: AccumulatedState(jnp.zeros_like(R), rule.init(R)), turn, step)
+    # the step itself puts back what must be, so that the loop of `when` writes in place
+    init = lambda R: AccumulatedState(jnp.zeros_like(R), rule.init(R))
+    return Rule(init, turn, step, keep=lambda finite, new, old: new)
 
 
 class CodedState(NamedTuple):

@@ -1,5 +1,6 @@
 """What must be set before JAX is first imported, and how the whole suite runs."""
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -13,7 +14,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         # Later ones have no other, and end the process at flags that they do not know.
-        "--xla_cpu_use_fusion_emitters=false"
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
         * version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")),
         os.environ.get("XLA_FLAGS", ""),
     ]
@@ -29,6 +30,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("repeatable")
 
+# Tracing makes many small objects that stay; to look through all of them often is a tenth of the suite's time.
+gc.set_threshold(100_000, 50, 100)
+
 _tests_run = 0
 
 
@@ -39,3 +43,4 @@ def pytest_runtest_teardown():
     _tests_run += 1
     if _tests_run % 64 == 0:
         jax.clear_caches()
+        gc.collect()

@@ -18,8 +18,7 @@ _exact = {"fit": ol.svd(), **_small}
 _codes = {"bits": 8, "min_size": 4}
 OPTIMIZERS = {
     "galore": functools.partial(ol.galore, **_small),
-    "galore_long_side": functools.partial(ol.galore, side="long", **_exact),
-    "galore_rotated_moments": functools.partial(ol.galore, rotate_moments=True, **_exact),
+    "galore_long_side": functools.partial(ol.galore, side="long", rotate_moments=True, **_exact),
     "fira": functools.partial(ol.fira, **_exact),
     # With little damping the Fisher takes out of a gradient what it shares with those before it, which in a
     # problem without noise is nearly all of it.
