@@ -55,6 +55,13 @@ def main():
         "--size", nargs="+", default=["60m", "130m"], choices=targets.MODELS, help="of the Llama"
     )
     of_targets.add_argument("--methods", nargs="+", default=[], help="only these, as in the tables")
+    of_targets.add_argument(
+        "--programs",
+        nargs="+",
+        default=[targets.UPDATE, targets.STEP],
+        choices=[targets.UPDATE, targets.STEP],
+        help="only this",
+    )
     of_targets.add_argument("--timeout", type=float, default=900, help="seconds a program may take")
     args = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
@@ -86,7 +93,7 @@ def compile_for_targets(args):
             continue
         start = time.perf_counter()
         measured = functools.partial(targets.in_child, timeout=args.timeout)
-        table = targets.targets(target, sizes, args.methods, measured)
+        table = targets.targets(target, sizes, args.methods, measured, args.programs)
         took = f"{time.perf_counter() - start:.0f} s"
         text = f"{targets.targets.__doc__}\n\n{table}\n\n{targets.compilers(target)}."
         print(f"\n{target}, {took}\n\n{text}", flush=True)

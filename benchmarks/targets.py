@@ -238,7 +238,12 @@ class Job:
     optimizer: str
 
 
-def jobs(target: str, models: Sequence[str], methods: Sequence[str] = ()) -> list[Job]:
+def jobs(
+    target: str,
+    models: Sequence[str],
+    methods: Sequence[str] = (),
+    programs: Sequence[str] = (UPDATE, STEP),
+) -> list[Job]:
     """Updates with every optimizer, then training steps of stacked layers with those that divide a whole model."""
     found = []
     for model in models:
@@ -248,7 +253,7 @@ def jobs(target: str, models: Sequence[str], methods: Sequence[str] = ()) -> lis
         if stack:
             wholes = (name for name in names if not name.startswith("optax.contrib"))
             found += [Job(target, model, STEP, _layerwise(name)) for name in wholes]
-    return found
+    return [job for job in found if job.program in programs]
 
 
 def _layerwise(name: str) -> str:
@@ -329,10 +334,11 @@ def targets(
     models: Sequence[str],
     methods: Sequence[str] = (),
     measured: Callable[[Job], dict] = in_child,
+    programs: Sequence[str] = (UPDATE, STEP),
 ) -> Table:
     """Compiled for a device that is not here, and not run: bfloat16 weights and gradients, weights, state donated."""
     rows, temporaries = [], collections.defaultdict(dict)
-    for job in jobs(target, models, methods):
+    for job in jobs(target, models, methods, programs):
         found = measured(job)
         rows.append((*_labels(job), *_cells(found)))
         print("| " + " | ".join(rows[-1]) + " |", flush=True)
