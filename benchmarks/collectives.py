@@ -74,11 +74,11 @@ def collectives(options: Options) -> Table:
 
 NOTE = (
     f"{LAYERS} layers of kernels {HIDDEN}×{FFN} (up) and {FFN}×{HIDDEN} (down) in float32, rank {RANK}; up lies along "
-    "(data, model), down along (model, data), the state where `state_shardings` says, that of `optax` where XLA "
-    "puts it. Mesh n×1 is FSDP, 1×n tensor parallelism; *split* is a stack that data divides by its layers. Largest: "
-    "operand or result of any collective, and its numbers by those of one layer's kernel. Of branches the one that "
-    "exchanges most counts; a loop of unknown length counts as one turn. For GPUs and TPUs, which take minutes "
-    f"to compile for, only {', '.join(FEW)}."
+    "(data, model), down along (model, data), the state where `state_shardings` says. Mesh n×1 is FSDP, 1×n tensor "
+    "parallelism; *split* is a stack that data divides by its layers. Largest: operand or result of any collective, "
+    "and its numbers by those of one layer's kernel. Of branches the one that exchanges most counts; a loop of unknown "
+    "length counts as one turn. `optax.contrib.galore` refits all four matrices at once. For GPUs and TPUs, which take "
+    f"minutes to compile for, only {', '.join(FEW)}."
 )
 
 
@@ -113,7 +113,7 @@ def kernels(layers: str) -> dict[str, tuple[tuple[int, ...], P]]:
     }
 
 
-def compiled(tx: optax.GradientTransformation, layers: str, mesh: Mesh, ours: bool) -> str:
+def compiled(tx: optax.GradientTransformation, layers: str, mesh: Mesh) -> str:
     """The optimized program of update and apply, as text."""
     on = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     leaves = kernels(layers)
@@ -123,10 +123,7 @@ def compiled(tx: optax.GradientTransformation, layers: str, mesh: Mesh, ours: bo
         for name, (shape, _) in leaves.items()
     }
     state = jax.eval_shape(tx.init, params)
-    if ours:
-        places = ol.state_shardings(tx, params, along)
-    else:
-        places = jax.jit(tx.init).lower(params).compile().output_shardings
+    places = ol.state_shardings(tx, params, along)
     state = jax.tree.map(on, state, places)
     step = jax.jit(step_of(tx), donate_argnums=(0, 1), out_shardings=(along, places))
     return step.lower(params, state, params).compile().as_text()
@@ -240,7 +237,7 @@ def measure(target: str, optimizer: str, quick: bool) -> list[tuple[str, ...]]:
             continue
         mesh = Mesh(np.array(devices).reshape(shape), ("data", "model"))
         ours = not optimizer.startswith("optax.")
-        step, refit = traffic(compiled(candidates[optimizer], layers, mesh, ours), ours)
+        step, refit = traffic(compiled(candidates[optimizer], layers, mesh), ours)
         labels = (target, "×".join(map(str, shape)), layers, optimizer)
         rows.append((*labels, *step.cells(), *refit.cells()))
     return rows
