@@ -5,12 +5,10 @@ there before JAX is imported.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import re
 import sys
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -78,7 +76,7 @@ NOTE = (
     "parallelism; *split* is a stack that data divides by its layers. Largest: operand or result of any collective, "
     "and its numbers by those of one layer's kernel. Of branches the one that exchanges most counts; a loop of unknown "
     "length counts as one turn. `optax.contrib.galore` refits all four matrices at once. For GPUs and TPUs, which take "
-    f"minutes to compile for, only {', '.join(FEW)}."
+    f"minutes to compile for, only {', '.join(FEW)}; for TPUs not every layout."
 )
 
 
@@ -87,12 +85,15 @@ def _names(target) -> list[str]:
     return names if target == "cpu" else [name for name in names if name in FEW]
 
 
-def layouts(target: str) -> Iterator[tuple[str, tuple[int, int]]]:
+def layouts(target: str) -> list[tuple[str, tuple[int, int]]]:
     """Layers and mesh of each program."""
     count = TARGETS[target]
     shapes = ((count, 1), (4, count // 4), (1, count))
-    yield from itertools.product(("apart", "stacked"), shapes)
-    yield "split", (LAYERS, count // LAYERS)
+    stacked = [("stacked", shape) for shape in shapes]
+    if target not in ("cpu", *targets.CARDS):
+        return [("apart", shapes[1]), *stacked]
+    apart = [("apart", shape) for shape in shapes]
+    return [*apart, *stacked, ("split", (LAYERS, count // LAYERS))]
 
 
 def kernels(layers: str) -> dict[str, tuple[tuple[int, ...], P]]:
@@ -231,7 +232,7 @@ def measure(target: str, optimizer: str, quick: bool) -> list[tuple[str, ...]]:
     """A row for each layout."""
     devices = jax.devices() if target == "cpu" else targets.devices(target, TARGETS[target])
     rows = []
-    for layers, shape in list(layouts(target))[-1 if quick else 0 :]:
+    for layers, shape in layouts(target)[-1 if quick else 0 :]:
         candidates = targets.optimizers(RANK, stack=layers != "apart")
         if optimizer not in candidates:
             continue

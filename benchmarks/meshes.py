@@ -83,8 +83,8 @@ def meshes(options: Options) -> Table:
         f"Eight CPU devices. Kernels of {', '.join(sorted({_text(s) for s, _ in LEAVES.values()}))} along both axes of "
         f"the mesh; gradients of rank {RANK} and noise, rank {RANK}, a refit every {GAP} steps. The state is placed by "
         "`state_shardings`; with automatic axes the step has them as `out_shardings`, with explicit ones nothing says "
-        "where it goes. Median: of all leaves and steps. In 8 bits moments are codes, bases bfloat16, and a number between "
-        "two of them may become either: a code of ν that is off by one shows in one column of the update."
+        "where it goes. Median: of all leaves and steps. In 8 bits moments are codes, bases bfloat16, and a number "
+        "between two of them may become either: a code of ν that is off by one shows in one column of the update."
     )
     return Table(HEADER, rows, (note,))
 
