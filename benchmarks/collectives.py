@@ -51,10 +51,10 @@ HEADER = (
 
 def collectives(options: Options) -> Table:
     """Collectives of compiled updates, not run: what a device sends or receives of arrays, by the larger of the two."""
-    rows, left_out = [], []
+    rows, notes = [], [NOTE]
     for target in list(TARGETS)[: 1 if options.quick else None]:
         if target != "cpu" and (sentence := targets.missing(target)):
-            left_out.append(sentence)
+            notes.append(sentence)
             continue
         environment = eight_devices() if target == "cpu" else targets.ENVIRONMENT
         of_target = []
@@ -67,16 +67,19 @@ def collectives(options: Options) -> Table:
             of_target += found["rows"]
             print(*("| " + " | ".join(row) + " |" for row in found["rows"]), sep="\n", flush=True)
         rows += sorted(of_target, key=lambda row: row[1:3])
-    return Table(HEADER, rows, (NOTE, *left_out))
+        if target != "cpu":
+            notes.append(f"{targets.compilers(target)}.")
+    return Table(HEADER, rows, tuple(notes))
 
 
 NOTE = (
     f"{LAYERS} layers of kernels {HIDDEN}×{FFN} (up) and {FFN}×{HIDDEN} (down) in float32, rank {RANK}; up lies along "
     "(data, model), down along (model, data), the state where `state_shardings` says. Mesh n×1 is FSDP, 1×n tensor "
     "parallelism; *split* is a stack that data divides by its layers. Largest: operand or result of any collective, "
-    "and its numbers by those of one layer's kernel. Of branches the one that exchanges most counts; a loop of unknown "
-    "length counts as one turn. `optax.contrib.galore` refits all four matrices at once. For GPUs and TPUs, which take "
-    f"minutes to compile for, only {', '.join(FEW)}; for TPUs not every layout."
+    "and its numbers by those of one layer's kernel; a vector is what XLA for GPUs merges of several arrays. Of "
+    "branches the one that exchanges most counts; a loop of unknown length counts as one turn. `optax.contrib.galore` "
+    "refits all four matrices at once. For GPUs and TPUs, which take minutes to compile for, "
+    f"only {'; '.join(FEW)}; for TPUs not every layout."
 )
 
 
@@ -161,6 +164,8 @@ _BRANCH = re.compile(
     r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))"
 )
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# XLA for TPUs runs a collective beside other fusions: it stands where it starts, in each of them, and where it ends.
+_GOES_ON = re.compile(r"%async-collective-done[\w.\-]* = |calls=%async_collective_fusion")
 # The loops over matrices that are due, and over states that turn with their bases.
 _REFIT = re.compile(r'op_name="[^"]*(?:\(_refit_equal_shapes\)|\(update_leaf\))/while"')
 
@@ -182,6 +187,8 @@ def traffic(hlo: str, ours: bool) -> tuple[Traffic, Traffic]:
     def one(found, types):
         if kind := _COLLECTIVE.fullmatch(found.opcode):
             return _of_collective(found, kind, types), Traffic()
+        if _GOES_ON.search(found.line):
+            return Traffic(), Traffic()
         if found.opcode == "conditional":
             names = [x for pair in _BRANCH.findall(found.line) for x in pair if x]
             branches = [of(name) for name in re.findall(r"[\w.\-]+", " ".join(names))]
