@@ -64,7 +64,7 @@ def in_child(module: str, job: Mapping, environment: Mapping[str, str], timeout:
             text=True,
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"not compiled within {timeout:.0f} s"}
+        return {"error": f"not done within {timeout:.0f} s"}
     if done.returncode:  # one program that fails leaves the others their rows
         print(done.stderr, file=sys.stderr)
         return {"error": f"failed: {(done.stderr.splitlines() or ['no message'])[-1]}"}
