@@ -14,7 +14,17 @@ import functools
 import time
 from pathlib import Path
 
-from benchmarks import compiling, exchange, fisher, fits, memory, steps, targets
+from benchmarks import (
+    collectives,
+    compiling,
+    exchange,
+    fisher,
+    fits,
+    memory,
+    meshes,
+    steps,
+    targets,
+)
 from benchmarks.processes import HINT, torch_python
 from benchmarks.tables import Options, Table, machine
 
@@ -29,6 +39,8 @@ TABLES = {
     "state": memory.state,
     "fisher": fisher.fisher,
     "exchange": exchange.exchange,
+    "meshes": meshes.meshes,
+    "collectives": collectives.collectives,
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,8 +1,9 @@
-"""Other processes: a fresh one with a given number of threads, and the PyTorch peers."""
+"""Other processes: with a given number of threads, with settings of their own, and the PyTorch peers."""
 
 import concurrent.futures
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import unittest.mock
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -39,6 +40,35 @@ def with_threads(count: int, call: Callable, *args):
             return pool.submit(call, *args).result()
     finally:
         os.sched_setaffinity(0, cores)
+
+
+def eight_devices() -> dict[str, str]:
+    """The environment of a process that has eight CPU devices."""
+    # machine code that is not optimized takes a fourth of the time to compile
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    if importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")):
+        # later ones end the process at flags that they do not know
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "OPENBLAS_NUM_THREADS": "1"}
+
+
+def in_child(module: str, job: Mapping, environment: Mapping[str, str], timeout: float = 900):
+    """What `python -m MODULE JOB` prints last, or {"error": a sentence}; `job` and the answer are JSON."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module, json.dumps(job)],
+            cwd=ROOT,
+            env=os.environ | environment,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done within {timeout:.0f} s"}
+    if done.returncode:  # one program that fails leaves the others their rows
+        print(done.stderr, file=sys.stderr)
+        return {"error": f"failed: {(done.stderr.splitlines() or ['no message'])[-1]}"}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 class Peers:

@@ -15,10 +15,10 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,10 @@ import optax
 from jax.experimental import topologies
 
 import optax_lowrank as ol
+from benchmarks import processes
 from benchmarks.memory import BATCH, TIME, Model, in_bytes, mib
-from benchmarks.processes import ROOT
 from benchmarks.tables import Table, bars
-from benchmarks.trees import M60, M130, ONE_LAYER, QUICK, Size, matrices, shapes, step_of
+from benchmarks.trees import M60, M130, ONE_LAYER, QUICK, matrices, shapes, step_of
 
 _CARD = """
   gpu_device_info {{
@@ -116,18 +116,19 @@ def compilers(target: str) -> str:
     return f"{target}: compiled, not run, by {', '.join(versions)}; {os.cpu_count()} cores"
 
 
-def device(target: str):
-    """A device that can be compiled for but holds no array."""
+def devices(target: str, count: int = 1) -> list:
+    """Devices that can be compiled for but hold no array; a TPU topology has as many as it has."""
     if target not in CARDS:
         name = TOPOLOGIES.get(target, target)
-        return topologies.get_topology_desc(topology_name=name, platform="tpu").devices[0]
-    one = {"topology_name": "1x1x1", "topology": "1x1x1", "platform": "cuda"}
-    return topologies.get_topology_desc(target_config=CARDS[target], **one).devices[0]
+        return topologies.get_topology_desc(topology_name=name, platform="tpu").devices
+    shape = f"1x1x{count}"
+    cards = {"topology_name": shape, "topology": shape, "platform": "cuda"}
+    return topologies.get_topology_desc(target_config=CARDS[target], **cards).devices
 
 
 def lower_for(fun: Callable, args: tuple, target: str, donate: Sequence[int] = ()):
     """`jax.jit(fun)` lowered for one device of `target`; `.compile()` gives the program. `args` may be shapes."""
-    place = jax.sharding.SingleDeviceSharding(device(target))
+    place = jax.sharding.SingleDeviceSharding(devices(target)[0])
     jitted = jax.jit(fun, in_shardings=place, out_shardings=place, donate_argnums=donate)
     return jitted.lower(*args)
 
@@ -174,25 +175,40 @@ _MOVES_NOTHING = {
 }
 
 
-def _executed(hlo: str) -> Iterator[tuple[str, str, str]]:
-    """Name, type and opcode of each instruction that runs on every step."""
+class Instruction(NamedTuple):
+    """Of a compiled program."""
+
+    name: str
+    result: str  # its type
+    opcode: str
+    line: str
+
+
+def instructions(hlo: str) -> tuple[str, dict[str, list[Instruction]]]:
+    """Where a program starts, and the instructions of each of its computations."""
     computations, entry = collections.defaultdict(list), None
     for line in hlo.splitlines():
         if opened := _COMPUTATION.match(line):
             current = opened[2]
             entry = current if opened[1] else entry
         elif found := _INSTRUCTION.match(line):
-            computations[current].append((found, line))
+            computations[current].append(Instruction(*found.groups(), line))
+    return entry, computations
+
+
+def _executed(hlo: str) -> Iterator[tuple[str, str, str]]:
+    """Name, type and opcode of each instruction that runs on every step."""
+    entry, computations = instructions(hlo)
     waiting, seen = [entry], set()
     while waiting:
         name = waiting.pop()
         if name in seen:
             continue
         seen.add(name)
-        for found, line in computations[name]:
-            yield found[1], found[2], found[3]
-            if found[3] in ("while", "call"):
-                waiting += _CALLED.findall(line)
+        for found in computations[name]:
+            yield found[:3]
+            if found.opcode in ("while", "call"):
+                waiting += _CALLED.findall(found.line)
 
 
 def _axes(shape: Iterable[int]) -> tuple[int, ...]:
@@ -209,9 +225,9 @@ def _merged(shape: tuple[int, ...]) -> frozenset[tuple[int, ...]]:
     return frozenset(found)
 
 
-def optimizers(size: Size, stack: bool) -> dict[str, optax.GradientTransformation]:
+def optimizers(rank: int, stack: bool) -> dict[str, optax.GradientTransformation]:
     """All that are compared: every alias, with float32 and with 8-bit state."""
-    r = {"rank": size.rank}
+    r = {"rank": rank}
     axes = optax.contrib.MuonDimensionNumbers(-2, -1)
     muon = optax.contrib.muon(
         1e-3,
@@ -248,7 +264,9 @@ def jobs(
     found = []
     for model in models:
         size, stack = MODELS[model]
-        names = [n for n in optimizers(size, stack) if not methods or n.split(",")[0] in methods]
+        names = [
+            n for n in optimizers(size.rank, stack) if not methods or n.split(",")[0] in methods
+        ]
         found += [Job(target, model, UPDATE, name) for name in names]
         if stack:
             wholes = (name for name in names if not name.startswith("optax.contrib"))
@@ -265,7 +283,7 @@ def program(job: Job) -> tuple[Callable, tuple, dict]:
     """The function to compile, its arguments and the parameters of the layers, as shapes; weights in bfloat16."""
     size, stack = MODELS[job.model]
     name, layerwise, _ = job.optimizer.partition(", layer-wise")
-    tx = optimizers(size, stack)[name]
+    tx = optimizers(size.rank, stack)[name]
     if job.program == UPDATE:
         params = shapes(size, stack, jnp.bfloat16)
         return step_of(tx), (params, jax.eval_shape(tx.init, params), params), params
@@ -296,22 +314,9 @@ def measure(job: Job) -> dict:
 
 def in_child(job: Job, timeout: float = 900) -> dict:
     """`measure(job)` in a process of its own, or {"error": a sentence}."""
-    command = [sys.executable, "-m", "benchmarks.targets", json.dumps(dataclasses.asdict(job))]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | ENVIRONMENT,
-            timeout=timeout,
-            capture_output=True,
-            text=True,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"not compiled within {timeout:.0f} s"}
-    if done.returncode:  # one program that fails leaves the others their rows
-        print(done.stderr, file=sys.stderr)
-        return {"error": f"failed: {(done.stderr.splitlines() or ['no message'])[-1]}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    return processes.in_child(
+        "benchmarks.targets", dataclasses.asdict(job), ENVIRONMENT, timeout=timeout
+    )
 
 
 HEADER = (

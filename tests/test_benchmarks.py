@@ -24,6 +24,8 @@ COLUMNS = {
     "state": {"optimizer", "bytes of arrays", "over 4 (m·r + 2·n·r)"},
     "fisher": {"history", "step, ms", "ratio"},
     "exchange": {"optimizer", "step, MiB", "refit of all, MiB", "of AdamW's"},
+    "meshes": {"optimizer", "mesh", "arrays of the state that moved", "traces"},
+    "collectives": {"target", "mesh", "layers", "step: collectives", "largest array"},
 }
 
 
