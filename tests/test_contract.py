@@ -158,7 +158,7 @@ def test_dtypes_survive(tx, coded):
 
 def test_strict_modes(tx, rounding):
     """No NaN on the way, no tracer kept, nothing fetched from or sent to the host in a step."""
-    params, grads = normal_tree("mlp", seed=0), gradients("mlp", steps=2)
+    params, grads = hidden(normal_tree("mlp", 0)), list(map(hidden, gradients("mlp", steps=2)))
     _, _, want = run(tx, params, grads)
     with jax.debug_nans(True), jax.checking_leaks():
         step = jax.jit(tx.update)
