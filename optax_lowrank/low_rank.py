@@ -375,7 +375,7 @@ class _Core:
             R = jnp.where(fitted, _without_round_off(R, 1e-5 if exact else 2**-6), R)
         columns = jnp.sum(jnp.square(G.astype(R.dtype)), axis=0).astype(jnp.float32)
         if P.dtype != R.dtype and K is None:
-            # else P R of all leaves' sizes would be made behind the rule, beside what it makes of R
+            # now, as it makes arrays of R's size, which would else lie beside those of the rule
             R, columns = jax.lax.optimization_barrier((R, columns + _overlap(P, R)))
         columns = mean_over(self.plan.axis_name, columns)
         return _Projected(R, P, K, columns, kept)
@@ -386,10 +386,9 @@ class _Core:
         told, dtype = {**told, "size": x.view.m}, wide(G)
         # whatever is not finite in G shows in R; a square that overflows would poison a second moment for good
         energy = _energy(R)
-        finite = jnp.isfinite(energy)
+        finite = jnp.isfinite(energy) & _finite(kept)
         A, c, new = self.rule.step(jnp.where(finite, R, 0), columns, old, finite=finite, **told)
-        for y in jax.tree.leaves((A, c, kept)):
-            finite &= jnp.isfinite(_energy(y))
+        finite &= _finite((A, c))
         U = jnp.zeros_like(G)
         if A is not None:
             A = jnp.asarray(self.scale, dtype) * (A if K is None else jnp.matmul(A, K.T))
@@ -422,6 +421,13 @@ class _Core:
 
 def _energy(x):
     return jnp.sum(jnp.square(x)).astype(jnp.float32)
+
+
+def _finite(tree):
+    finite = jnp.bool_(True)
+    for x in jax.tree.leaves(tree):
+        finite &= jnp.isfinite(_energy(x))
+    return finite
 
 
 def _overlap(P, R):
