@@ -244,7 +244,7 @@ class _Core:
         for path, matrix in matrices.items():
             refreshed = new.stored[path], new.turn[path], new.fitted[places[path]]
             with checks.noted(_note(path, matrix.view)):
-                out[path], leaves[path], numbers[path] = before, *_ = update_leaf(
+                out[path], leaves[path], numbers[path], before = update_leaf(
                     matrix, *refreshed, before
                 )
         energy, total, finite = map(
@@ -321,13 +321,13 @@ class _Core:
         return TwoSided(stack(view.m), stack(view.n)) if self.plan.two_sided else stack(view.m)
 
     def update_leaf(self, told, x: Matrix, stored, turn, fitted, before):
-        """The update of one leaf in the bases of this step, and its new state; not before the array `before` is there.
+        """The update of one leaf in the bases of this step, its new state, numbers, and what the next leaf waits for.
 
         Args:
           told: what rules are told besides.
           x: the leaf before the refresh.
           stored, turn, fitted: of this refresh; turn is None if the rule does not ask.
-          before: the update of another leaf, or None.
+          before: an array of the leaf before, for which this one waits, or None.
         """
         fold = lambda leaf: None if leaf is None else x.view.fold(leaf)
         rule = self.turned(x.leaf.rule, turn, fitted)
@@ -341,8 +341,8 @@ class _Core:
         others = stored, layer, last_fit, fitted
         projected, W = after(before, project, x.gradient, x.weight, *others)
         finish, G = jax.vmap(functools.partial(self.finish, x, told)), fold(x.gradient)
-        U, rule, geometry, *numbers = finish(G, W, projected, rule, x.leaf.geometry)
-        return x.view.unfold(U), Leaf(stored, rule, geometry), numbers
+        U, rule, geometry, awaited, *numbers = finish(G, W, projected, rule, x.leaf.geometry)
+        return x.view.unfold(U), Leaf(stored, rule, geometry), numbers, awaited
 
     def turned(self, state, turn, fitted):
         """The state of a leaf's rule in the coordinates of the new bases, turned in place matrix by matrix."""
@@ -400,7 +400,7 @@ class _Core:
                 raise ValueError('a rule that weighs columns needs `side="short"` or "long".')
             T, _ = self.tangent(x, G, W)
             U = (U.astype(dtype) + T.astype(dtype) * c.astype(dtype)[None]).astype(G.dtype)
-        new_outer = outer
+        new_outer, lifted = outer, U
         if self.geometry is not None:
             of = x.view.in_memory
             U, new_outer = self.geometry.retract(
@@ -409,7 +409,10 @@ class _Core:
             U = of(U.astype(G.dtype))
         U = jnp.where(finite, U, 0).astype(G.dtype)
         new, new_outer = self.rule.keep(finite, new, old), put_back(finite, new_outer, outer)
-        return U, new, new_outer, energy, jnp.sum(columns), finite
+        # To look at an update, XLA for CPUs computes it once more, and copies the weights that it reads, as they are
+        # overwritten by then.
+        awaited = lifted if self.reads_weights else U
+        return U, new, new_outer, awaited, energy, jnp.sum(columns), finite
 
     def tangent(self, x, G, W):
         if self.plan.tangent is None:
