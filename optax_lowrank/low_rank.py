@@ -374,10 +374,10 @@ class _Core:
             exact = {x.dtype for x in (G, *jax.tree.leaves(stored))} == {R.dtype}
             R = jnp.where(fitted, _without_round_off(R, 1e-5 if exact else 2**-6), R)
         columns = jnp.sum(jnp.square(G.astype(R.dtype)), axis=0).astype(jnp.float32)
+        columns = mean_over(self.plan.axis_name, columns)
         if P.dtype != R.dtype and K is None:
             # now, as it makes arrays of R's size, which would else lie beside those of the rule
             R, columns = jax.lax.optimization_barrier((R, columns + _overlap(P, R)))
-        columns = mean_over(self.plan.axis_name, columns)
         return _Projected(R, P, K, columns, kept)
 
     def finish(self, x: Matrix, told, G, W, projected: _Projected, old, outer):

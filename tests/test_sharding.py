@@ -208,6 +208,22 @@ def test_gradients_that_differ_by_device(make, whole):
         assert_trees_close(updates, want, rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize("make", [ol.galore, ol.fira, ol.gradnormlorp, ol.low_rank_muon])
+def test_gradients_that_differ_by_device_and_a_state_in_8_bits(make):
+    """Traced: what is averaged is the same on all devices, and so are updates and state."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = {"stack": jax.ShapeDtypeStruct((2, 32, 48), jnp.float32)}
+    tx = make(0.1, rank=4, state_bits=8, axis_name="data")
+
+    def update(grads, state, params):
+        grads = jax.lax.pcast(grads, "data", to="varying")
+        return tx.update(grads, state, params)
+
+    state = jax.eval_shape(tx.init, params)
+    everywhere = jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P())
+    assert jax.eval_shape(everywhere, params, state, params) == (params, state)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_nnx_optimizer_with_sharding_metadata(kind):
     """Neither a rank that no mesh axis divides nor the kernel's metadata gets in the way."""
