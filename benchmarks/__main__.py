@@ -72,7 +72,7 @@ def main():
         nargs="+",
         default=[targets.UPDATE, targets.STEP],
         choices=[targets.UPDATE, targets.STEP],
-        help="only this",
+        help="only these",
     )
     of_targets.add_argument("--timeout", type=float, default=900, help="seconds a program may take")
     args = parser.parse_args()

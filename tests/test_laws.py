@@ -224,7 +224,7 @@ def temporaries(tx, shape, leaves):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-# Their bases have two columns, which are nothing beside a leaf; what is large in a state shows at a larger rank.
+# Bases of OPTIMIZERS have two columns, nothing beside a leaf; what is large in a state shows at a larger rank.
 LARGE_STATES = {
     "accumulate": functools.partial(ol.galore, rank=64, accumulate=2),
     "accumulate_8bit": functools.partial(ol.galore, rank=64, accumulate=2, state_bits=8),
