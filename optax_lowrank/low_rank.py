@@ -229,7 +229,8 @@ class _Core:
         grads, state, params = vary_alike(grads, state, params, but=self.plan.axis_name)
         places = positions({path: view.batch for path, view in views.items()})
         matrices = self.matrices(views, grads, state, params, places)
-        if self.plan.axis_name is not None and self.weighs_columns(matrices, state.count, extra):
+        weighs = self.weighs_columns(matrices, state.count, extra)
+        if self.plan.axis_name is not None and weighs:
             updates = mean_over(self.plan.axis_name, updates)
             alone = dataclasses.replace(self, plan=self.plan._replace(axis_name=None))
             return alone.step(updates, state, params, **extra)
@@ -237,7 +238,8 @@ class _Core:
         pending = state.stats.pending.astype(bool) | self.refresh(state.count, state.stats)
         new = refit(self.plan, state.count, matrices, pending, places)
 
-        update_leaf = functools.partial(self.update_leaf, {**extra, "count": state.count})
+        told = {**extra, "count": state.count}
+        update_leaf = functools.partial(self.update_leaf, told, weighs)
         if isinstance(state.count, jax.core.Tracer):
             update_leaf = jax.jit(update_leaf)  # traced once for leaves that are alike
         out, leaves, numbers, before = {}, {}, {}, None
@@ -271,7 +273,7 @@ class _Core:
             R, columns = jnp.zeros((x.rank, n), wide(x.gradient)), jnp.zeros(n)
             return self.rule.step(R, columns, state, finite=jnp.bool_(True), **told, **extra)
 
-        _, c, _ = jax.eval_shape(jax.vmap(step), x.leaf.rule)
+        _, c, _ = jax.eval_shape(jax.vmap(step, axis_size=x.view.batch), x.leaf.rule)
         return c is not None
 
     def views_of(self, tree):
@@ -320,11 +322,12 @@ class _Core:
         stack = lambda size: repeated(one(size), (), dtype, (view.batch,))
         return TwoSided(stack(view.m), stack(view.n)) if self.plan.two_sided else stack(view.m)
 
-    def update_leaf(self, told, x: Matrix, stored, turn, fitted, before):
+    def update_leaf(self, told, weighs, x: Matrix, stored, turn, fitted, before):
         """The update of one leaf in the bases of this step, its new state, numbers, and what the next leaf waits for.
 
         Args:
           told: what rules are told besides.
+          weighs: whether the rule weighs columns.
           x: the leaf before the refresh.
           stored, turn, fitted: of this refresh; turn is None if the rule does not ask.
           before: an array of the leaf before, for which this one waits, or None.
@@ -332,17 +335,18 @@ class _Core:
         fold = lambda leaf: None if leaf is None else x.view.fold(leaf)
         rule = self.turned(x.leaf.rule, turn, fitted)
 
-        def project(gradient, weight, *others):  # folds here, or all leaves would be folded first
+        # folds here, and what decodes the rule's state waits for it, or all leaves would come first
+        def project(gradient, weight, rule, *others):
             G, W = fold(gradient), fold(weight)
-            return jax.vmap(functools.partial(self.project, x))(G, W, *others), W
+            return jax.vmap(functools.partial(self.project, x, weighs))(G, W, *others), W, rule
 
         layer = jnp.arange(x.view.batch, dtype=jnp.int32)
         last_fit = jnp.where(fitted, told["count"], x.last_fit)
         others = stored, layer, last_fit, fitted
-        projected, W = after(before, project, x.gradient, x.weight, *others)
+        projected, W, rule = after(before, project, x.gradient, x.weight, rule, *others)
         finish, G = jax.vmap(functools.partial(self.finish, x, told)), fold(x.gradient)
         U, rule, geometry, awaited, *numbers = finish(G, W, projected, rule, x.leaf.geometry)
-        return x.view.unfold(U), Leaf(stored, rule, geometry), numbers, awaited
+        return x.view.unfold(U), Leaf(stored, rule, geometry), numbers, x.view.unfold(awaited)
 
     def turned(self, state, turn, fitted):
         """The state of a leaf's rule in the coordinates of the new bases, turned in place matrix by matrix."""
@@ -361,7 +365,7 @@ class _Core:
 
     # ---------------------------------------------------------------------------------------------------- one matrix
 
-    def project(self, x: Matrix, G, W, stored, layer, last_fit, fitted) -> _Projected:
+    def project(self, x: Matrix, weighs, G, W, stored, layer, last_fit, fitted) -> _Projected:
         """R = PᵀG, or PᵀGK, and what else is asked of G, in one go."""
         P, K = read_bases(self.plan, x, stored, layer, last_fit)
         G, kept = self.tangent(x, G, W)
@@ -375,7 +379,7 @@ class _Core:
             R = jnp.where(fitted, _without_round_off(R, 1e-5 if exact else 2**-6), R)
         columns = jnp.sum(jnp.square(G.astype(R.dtype)), axis=0).astype(jnp.float32)
         columns = mean_over(self.plan.axis_name, columns)
-        if P.dtype != R.dtype and K is None:
+        if weighs and P.dtype != R.dtype:
             # now, as it makes arrays of R's size, which would else lie beside those of the rule
             R, columns = jax.lax.optimization_barrier((R, columns + _overlap(P, R)))
         return _Projected(R, P, K, columns, kept)

@@ -23,15 +23,13 @@ def after(before: jax.Array | None, compute: Callable[..., Any], *operands: Any)
     if not isinstance(before, jax.core.Tracer) or not before.size:
         return compute(*operands)  # outside jit everything has its turn
 
-    def barrier(before, *operands):
-        wait = lambda x: lax.optimization_barrier((x, before))[0]
-        # in a `shard_map` one by one, as what goes through a barrier together varies alike over devices
-        return compute(*(jax.tree.map(wait, operands) if _in_shard_map() else wait(operands)))
+    def waiting(before, *operands):
+        return compute(
+            *lax.platform_dependent(before, operands, tpu=_selected, default=_behind_barrier)
+        )
 
     def branch(before, *operands):
-        # XLA for CPU drops barriers. It computes a predicate first, and does not know that this one never holds.
-        first = before[(0,) * before.ndim]  # flattened, a sharded array would be gathered
-        never = (first.astype(jnp.int32) & 0x7FFFFFFF) < 0
+        # XLA for CPU drops barriers, but computes a predicate first
         given, same = jax.tree.leaves(operands), {}
 
         def new(*operands):  # a branch would copy what `compute` returns as it got it
@@ -41,10 +39,28 @@ def after(before: jax.Array | None, compute: Callable[..., Any], *operands: Any)
             return [x for x in out if id(x) not in ids]
 
         zeros = [jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(new, *operands)]
-        made = iter(cond(never, lambda *_: zeros, new, *operands))
+        made = iter(cond(_never(before), lambda *_: zeros, new, *operands))
         return same["tree"].unflatten(next(made) if i is None else given[i] for i in same["index"])
 
-    return lax.platform_dependent(before, *operands, cpu=branch, default=barrier)
+    return lax.platform_dependent(before, *operands, cpu=branch, default=waiting)
+
+
+def _never(before):
+    """False, which XLA does not know: it must compute `before` first."""
+    first = before[(0,) * before.ndim]  # flattened, a sharded array would be gathered
+    return (first.astype(jnp.int32) & 0x7FFFFFFF) < 0
+
+
+def _selected(before, operands):
+    # XLA for TPU drops barriers before it orders the program; this it fuses into what reads the operands
+    never = _never(before)
+    return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), operands)
+
+
+def _behind_barrier(before, operands):
+    wait = lambda x: lax.optimization_barrier((x, before))[0]
+    # in a `shard_map` one by one, as what goes through a barrier together varies alike over devices
+    return jax.tree.map(wait, operands) if _in_shard_map() else wait(operands)
 
 
 def when(pred: Any, update: Callable[[Any], Any], x: Any) -> Any:

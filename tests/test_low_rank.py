@@ -608,14 +608,14 @@ CALLED = re.compile(
 
 
 @functools.cache
-def compiled_update(tx, shapes):
-    grads = normal(dict(shapes), 0)
+def compiled_update(tx, shapes, dtype):
+    grads = jax.tree.map(lambda x: x.astype(dtype), normal(dict(shapes), 0))
     return jax.jit(tx.update).lower(grads, tx.init(grads)).compile().as_text()
 
 
-def compiled_text(tx, shapes, conditionals):
+def compiled_text(tx, shapes, conditionals, dtype=jnp.float32):
     """Instructions of the compiled update, with those inside conditionals or only those outside."""
-    compiled = compiled_update(tx, tuple(shapes.items()))
+    compiled = compiled_update(tx, tuple(shapes.items()), dtype)
     bodies, entry = {}, None
     for is_entry, name, body in COMPUTATION.findall(compiled):
         bodies[name] = body
@@ -665,6 +665,9 @@ def test_ordinary_steps_pay_for_two_products():
         assert len(re.findall(r" dot\(", text)) == 2
         assert not re.search(GRADIENT_SIZED + r"subtract\(", text)
         assert bool(re.search(GRADIENT_SIZED + r"multiply\(", text)) == (rule is weighs)
+        # of a narrow basis, what weighs columns needs PᵀP R as well
+        narrow = compiled_text(tx, PLAIN, conditionals=False, dtype=jnp.bfloat16)
+        assert len(re.findall(r" dot\(", narrow)) == (4 if rule is weighs else 2)
 
 
 @pytest.mark.parametrize("watching", [False, True])
