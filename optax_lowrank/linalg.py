@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -400,7 +401,21 @@ def dct_columns(m: int, index: jax.Array, dtype) -> jax.Array:
     low, high = k % 256, k // 256
     angle = ((row * high % period) * 256 % period + row * low % period) % period
     length = jnp.where(k == 0, (1 / m) ** 0.5, (2 / m) ** 0.5).astype(dtype)
-    return length * jnp.cos(angle.astype(dtype) * jnp.asarray(jnp.pi / (2 * m), dtype))
+    return length * _cosine(angle, m, dtype)
+
+
+def _cosine(angle, quarter, dtype):
+    """cos(π/2 · angle / quarter) of integers from 0 to 4 · quarter, by its series in the first quadrant.
+
+    `jnp.cos` takes arguments of any size, and XLA for TPUs minutes to compile what does so for a few leaves.
+    """
+    angle = jnp.minimum(angle, 4 * quarter - angle)
+    x = jnp.minimum(angle, 2 * quarter - angle).astype(dtype) * (np.pi / 2 / quarter)
+    terms = 8 if jnp.finfo(dtype).eps > 1e-8 else 12
+    series = jnp.ones_like(x)
+    for j in range(2 * terms, 0, -2):
+        series = 1 - x * x / (j * (j - 1)) * series
+    return jnp.where(angle > quarter, -series, series)
 
 
 def newton_schulz(X: jax.Array, steps: int = 5) -> jax.Array:
@@ -431,7 +446,11 @@ def newton_schulz(X: jax.Array, steps: int = 5) -> jax.Array:
     X = X / (
         jnp.sqrt(jnp.sum(jnp.square(X.astype(jnp.promote_types(X.dtype, jnp.float32))))) + 1e-8
     ).astype(X.dtype)
-    for _ in range(steps):
+
+    def iterate(_, X):
         A = X @ X.T
-        X = a * X + (b * A + c * (A @ A)) @ X
+        return a * X + (b * A + c * (A @ A)) @ X
+
+    # unrolled, XLA for TPUs keeps the sums a X + ... of all iterations until the last
+    X = lax.fori_loop(0, steps, iterate, X)
     return X.T if tall else X

@@ -95,8 +95,10 @@ def _key(plan, count, name, layer):
 def _read(plan, view, r, dtype, stored, key, last_fit):
     def read(stored, key, size):
         P = plan.basis.read(stored, key, size, r, dtype)
-        # what is made from nothing must be nothing before the first fit
-        return jnp.where(last_fit >= 0, P, 0) if plan.basis.implicit else P
+        if not plan.basis.implicit:
+            return P
+        # made once, or XLA for TPUs would make it anew in each product; and nothing before the first fit
+        return lax.optimization_barrier(jnp.where(last_fit >= 0, P, 0))
 
     if not plan.two_sided:
         return read(stored, key, view.m), None
