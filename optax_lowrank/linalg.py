@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -401,21 +400,7 @@ def dct_columns(m: int, index: jax.Array, dtype) -> jax.Array:
     low, high = k % 256, k // 256
     angle = ((row * high % period) * 256 % period + row * low % period) % period
     length = jnp.where(k == 0, (1 / m) ** 0.5, (2 / m) ** 0.5).astype(dtype)
-    return length * _cosine(angle, m, dtype)
-
-
-def _cosine(angle, quarter, dtype):
-    """cos(π/2 · angle / quarter) of integers from 0 to 4 · quarter, by its series in the first quadrant.
-
-    `jnp.cos` takes arguments of any size, and XLA for TPUs minutes to compile what does so for a few leaves.
-    """
-    angle = jnp.minimum(angle, 4 * quarter - angle)
-    x = jnp.minimum(angle, 2 * quarter - angle).astype(dtype) * (np.pi / 2 / quarter)
-    terms = 8 if jnp.finfo(dtype).eps > 1e-8 else 12
-    series = jnp.ones_like(x)
-    for j in range(2 * terms, 0, -2):
-        series = 1 - x * x / (j * (j - 1)) * series
-    return jnp.where(angle > quarter, -series, series)
+    return length * jnp.cos(angle.astype(dtype) * jnp.asarray(jnp.pi / (2 * m), dtype))
 
 
 def newton_schulz(X: jax.Array, steps: int = 5) -> jax.Array:
