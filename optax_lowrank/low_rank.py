@@ -266,14 +266,15 @@ class _Core:
 
     def weighs_columns(self, matrices, count, extra):
         """Whether the rule weighs columns of the gradient, which takes the whole of it."""
-        x = next(iter(matrices.values()))
+        path, x = next(iter(matrices.items()))
         n, told = x.rank if self.plan.two_sided else x.view.n, {"count": count, "size": x.view.m}
 
         def step(state):
             R, columns = jnp.zeros((x.rank, n), wide(x.gradient)), jnp.zeros(n)
             return self.rule.step(R, columns, state, finite=jnp.bool_(True), **told, **extra)
 
-        _, c, _ = jax.eval_shape(jax.vmap(step, axis_size=x.view.batch), x.leaf.rule)
+        with checks.noted(_note(path, x.view)):
+            _, c, _ = jax.eval_shape(jax.vmap(step, axis_size=x.view.batch), x.leaf.rule)
         return c is not None
 
     def views_of(self, tree):
