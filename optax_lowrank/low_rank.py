@@ -229,8 +229,8 @@ class _Core:
         grads, state, params = vary_alike(grads, state, params, but=self.plan.axis_name)
         places = positions({path: view.batch for path, view in views.items()})
         matrices = self.matrices(views, grads, state, params, places)
-        weighs = self.weighs_columns(matrices, state.count, extra)
-        if self.plan.axis_name is not None and weighs:
+        told, first = {**extra, "count": state.count}, next(iter(matrices.values()))
+        if self.plan.axis_name is not None and self.weighs_columns(first, told):
             updates = mean_over(self.plan.axis_name, updates)
             alone = dataclasses.replace(self, plan=self.plan._replace(axis_name=None))
             return alone.step(updates, state, params, **extra)
@@ -238,8 +238,7 @@ class _Core:
         pending = state.stats.pending.astype(bool) | self.refresh(state.count, state.stats)
         new = refit(self.plan, state.count, matrices, pending, places)
 
-        told = {**extra, "count": state.count}
-        update_leaf = functools.partial(self.update_leaf, told, weighs)
+        update_leaf = functools.partial(self.update_leaf, told)
         if isinstance(state.count, jax.core.Tracer):
             update_leaf = jax.jit(update_leaf)  # traced once for leaves that are alike
         out, leaves, numbers, before = {}, {}, {}, None
@@ -264,17 +263,15 @@ class _Core:
     def reads_weights(self):
         return self.geometry is not None and self.geometry.reads_weights
 
-    def weighs_columns(self, matrices, count, extra):
+    def weighs_columns(self, x: Matrix, told):
         """Whether the rule weighs columns of the gradient, which takes the whole of it."""
-        path, x = next(iter(matrices.items()))
-        n, told = x.rank if self.plan.two_sided else x.view.n, {"count": count, "size": x.view.m}
+        n, told = x.rank if self.plan.two_sided else x.view.n, {**told, "size": x.view.m}
 
         def step(state):
             R, columns = jnp.zeros((x.rank, n), wide(x.gradient)), jnp.zeros(n)
-            return self.rule.step(R, columns, state, finite=jnp.bool_(True), **told, **extra)
+            return self.rule.step(R, columns, state, finite=jnp.bool_(True), **told)
 
-        with checks.noted(_note(path, x.view)):
-            _, c, _ = jax.eval_shape(jax.vmap(step, axis_size=x.view.batch), x.leaf.rule)
+        _, c, _ = jax.eval_shape(jax.vmap(step, axis_size=x.view.batch), x.leaf.rule)
         return c is not None
 
     def views_of(self, tree):
@@ -323,12 +320,11 @@ class _Core:
         stack = lambda size: repeated(one(size), (), dtype, (view.batch,))
         return TwoSided(stack(view.m), stack(view.n)) if self.plan.two_sided else stack(view.m)
 
-    def update_leaf(self, told, weighs, x: Matrix, stored, turn, fitted, before):
+    def update_leaf(self, told, x: Matrix, stored, turn, fitted, before):
         """The update of one leaf in the bases of this step, its new state, numbers, and what the next leaf waits for.
 
         Args:
           told: what rules are told besides.
-          weighs: whether the rule weighs columns.
           x: the leaf before the refresh.
           stored, turn, fitted: of this refresh; turn is None if the rule does not ask.
           before: an array of the leaf before, for which this one waits, or None.
@@ -336,10 +332,10 @@ class _Core:
         fold = lambda leaf: None if leaf is None else x.view.fold(leaf)
         rule = self.turned(x.leaf.rule, turn, fitted)
 
-        # folds here, and what decodes the rule's state waits for it, or all leaves would come first
+        # folds, and hands on the rule's state, or those of all leaves would be folded and decoded first
         def project(gradient, weight, rule, *others):
             G, W = fold(gradient), fold(weight)
-            return jax.vmap(functools.partial(self.project, x, weighs))(G, W, *others), W, rule
+            return jax.vmap(functools.partial(self.project, x, told))(G, W, *others), W, rule
 
         layer = jnp.arange(x.view.batch, dtype=jnp.int32)
         last_fit = jnp.where(fitted, told["count"], x.last_fit)
@@ -366,7 +362,7 @@ class _Core:
 
     # ---------------------------------------------------------------------------------------------------- one matrix
 
-    def project(self, x: Matrix, weighs, G, W, stored, layer, last_fit, fitted) -> _Projected:
+    def project(self, x: Matrix, told, G, W, stored, layer, last_fit, fitted) -> _Projected:
         """R = PᵀG, or PᵀGK, and what else is asked of G, in one go."""
         P, K = read_bases(self.plan, x, stored, layer, last_fit)
         G, kept = self.tangent(x, G, W)
@@ -380,7 +376,7 @@ class _Core:
             R = jnp.where(fitted, _without_round_off(R, 1e-5 if exact else 2**-6), R)
         columns = jnp.sum(jnp.square(G.astype(R.dtype)), axis=0).astype(jnp.float32)
         columns = mean_over(self.plan.axis_name, columns)
-        if weighs and P.dtype != R.dtype:
+        if P.dtype != R.dtype and self.weighs_columns(x, told):
             # now, as it makes arrays of R's size, which would else lie beside those of the rule
             R, columns = jax.lax.optimization_barrier((R, columns + _overlap(P, R)))
         return _Projected(R, P, K, columns, kept)
