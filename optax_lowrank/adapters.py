@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowrank import checks
-from optax_lowrank.classify import axes_by_path
+from optax_lowrank.classify import axes_by_path, views_by_path
 from optax_lowrank.views import MatrixView, flatten_by_path
 
 
@@ -56,13 +56,8 @@ def init(
     """
     checks.integer("rank", rank, 1)
     checks.arrays(params)
-    leaves, _ = flatten_by_path(params)
-    views = {
-        path: MatrixView.of(leaves[path].shape, found, "reduction")
-        for path, found in axes_by_path(params, axes).items()
-        if found is not None
-    }
-    views = {path: view for path, view in views.items() if min(view.m, view.n) > rank}
+    leaves, _, views = views_by_path(params, axes, "reduction", strict=True)
+    views = {path: view for path, view in views.items() if view and min(view.m, view.n) > rank}
     if not views:
         raise ValueError(
             f"`params` have no matrix with both sides longer than `rank` = {rank}. `optax_lowrank.describe(params)` "

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowrank import checks
-from optax_lowrank.classify import Rank, axes_by_path, describe, ranks_by_path
-from optax_lowrank.low_rank import LowRankState
+from optax_lowrank.classify import Rank, axes_by_path, describe, ranks_by_path, views_by_path
+from optax_lowrank.low_rank import low_rank_states
 from optax_lowrank.refresh import positions
 from optax_lowrank.rules import wide
-from optax_lowrank.views import MatrixView, flatten_by_path
+from optax_lowrank.views import flatten_by_path
 from optax_lowrank.walls import AxisName, mean_over
 
 
@@ -144,12 +144,10 @@ def _check_whole(params, axes, rank, mask):
 
 def _labels(tree, axes, rank):
     """A tree like this one of "matrix", where projection saves something, and "dense"."""
-    leaves, treedef = flatten_by_path(tree)
-    found = {path: x for path, x in axes_by_path(tree, axes, strict=False).items() if x is not None}
-    views = {path: MatrixView.of(leaves[path].shape, x) for path, x in found.items()}
-    ranks = ranks_by_path(views, rank, strict=False)
-    projected = {path for path, view in views.items() if min(view.m, view.n) > ranks[path]}
-    return treedef.unflatten("matrix" if path in projected else "dense" for path in leaves)
+    _, treedef, views = views_by_path(tree, axes)
+    ranks = ranks_by_path({path: view for path, view in views.items() if view}, rank)
+    projected = lambda path, view: view and min(view.m, view.n) > ranks[path]
+    return treedef.unflatten("matrix" if projected(*x) else "dense" for x in views.items())
 
 
 def _dense_averaged(updates, parts, axis_name):
@@ -197,15 +195,12 @@ def _decaying(mask, params) -> dict[str, jax.Array]:
 
 def _taken(updates, state, axes) -> dict[str, jax.Array]:
     """For each leaf whether its step was taken: an array that broadcasts against it, one bool a matrix."""
-    leaves, _ = flatten_by_path(updates)
-    found, taken = axes_by_path(updates, axes, strict=False), {}
-    is_one = lambda x: isinstance(x, LowRankState)
-    for part in filter(is_one, jax.tree.leaves(state, is_leaf=is_one)):
-        if isinstance(part.leaves, dict):
-            views = {path: MatrixView.of(leaves[path].shape, found[path]) for path in part.leaves}
-            places = positions({path: view.batch for path, view in views.items()})
-            for path, place in places.items():
-                taken[path] = views[path].per_matrix(part.stats.finite[place])
+    leaves, _, views = views_by_path(updates, axes)
+    taken = {}
+    for part in low_rank_states(state):
+        places = positions({path: views[path].batch for path in part.leaves})
+        for path, place in places.items():
+            taken[path] = views[path].per_matrix(part.stats.finite[place])
     return taken | {path: _finite(g) for path, g in leaves.items() if path not in taken}
 
 

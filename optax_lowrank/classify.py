@@ -283,6 +283,16 @@ def axes_by_path(params, overrides=None, *, strict: bool = True) -> dict[str, Ma
     return {path: decision.axes for path, decision in decisions.items()}
 
 
+def views_by_path(
+    tree, overrides=None, side: str = "short", *, strict: bool = False
+) -> tuple[dict[str, Any], Any, dict[str, MatrixView | None]]:
+    """Leaves by path, the treedef, and of each leaf its view, or None where it is dense; see `axes_by_path`."""
+    leaves, treedef = flatten_by_path(tree)
+    found = axes_by_path(tree, overrides, strict=strict)
+    view = lambda path, axes: axes and MatrixView.of(leaves[path].shape, axes, side)
+    return leaves, treedef, {path: view(path, axes) for path, axes in found.items()}
+
+
 def matrix_axes(params, overrides=None):
     """A tree like `params` with the `MatrixAxes` of every leaf that is a matrix, and None (dense) for the others.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowrank import checks
+from optax_lowrank.rules import Rule, unturned, wide
 
 
 def subspace_ratio(
@@ -42,6 +43,26 @@ def limited(
     grows = (previous > 0) & (norm > allowed) & jnp.isfinite(norm)
     factor = jnp.where(grows, allowed / jnp.where(grows, norm, 1), 1)
     return factor, jnp.where(jnp.isfinite(norm), norm * factor, previous).astype(previous.dtype)
+
+
+class LimitedState(NamedTuple):
+    """State of a rule whose update is limited."""
+
+    moments: Any  # of Adam
+    norm: jax.Array  # () float32, ‖S‖ after limiting, on the last step; 0 where there was none
+
+
+def around(moments: Rule, step) -> Rule:
+    """A rule that asks the moments for a step of the coordinates and limits what it makes of it; see `LimitedState`."""
+
+    def turn(state, turn):
+        return state._replace(moments=moments.turn(state.moments, turn))
+
+    return Rule(
+        init=lambda R: LimitedState(moments.init(R), jnp.zeros([], jnp.float32)),
+        turn=unturned if moments.turn is unturned else turn,
+        step=step,
+    )
 
 
 class NormGrowthState(NamedTuple):
@@ -107,7 +128,7 @@ def limit_norm_growth(
 def _norm(S, batch_axes):
     """‖S‖ in float32 or wider, by its largest entry, so that no square of a finite one overflows."""
     axes = tuple(range(batch_axes, S.ndim))
-    S = S.astype(jnp.promote_types(S.dtype, jnp.float32))
+    S = S.astype(wide(S))
     largest = jnp.max(jnp.abs(S), axis=axes, keepdims=True, initial=0)
     unit = S / jnp.where(largest > 0, largest, 1)
     return jnp.sqrt(jnp.sum(jnp.square(unit), axis=axes)) * jnp.squeeze(largest, axes)

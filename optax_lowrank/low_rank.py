@@ -30,7 +30,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_lowrank import checks
 from optax_lowrank.bases import Basis, BasisStore, Fitted, InDtype
-from optax_lowrank.classify import Rank, axes_by_path, check_rank, ranks_by_path
+from optax_lowrank.classify import Rank, check_rank, ranks_by_path, views_by_path
 from optax_lowrank.fits import Fit, check_fit, randomized_svd
 from optax_lowrank.refit import Leaf, Matrix, Plan, TwoSided, hashed, read_bases, refit
 from optax_lowrank.refresh import (
@@ -43,7 +43,7 @@ from optax_lowrank.refresh import (
     positions,
 )
 from optax_lowrank.rules import Asked, Rule, as_rule, put_back, repeated, unturned, wide
-from optax_lowrank.views import MatrixView, flatten_by_path
+from optax_lowrank.views import flatten_by_path
 from optax_lowrank.walls import AxisName, after, loop, mean_over, vary_alike
 
 Side = Literal["short", "long", "both"]
@@ -75,6 +75,13 @@ class LowRankState(NamedTuple):
     count: jax.Array  # () int32, updates so far
     stats: Statistics  # one entry a matrix, changes on every step
     leaves: Any  # dict of `Leaf` by path
+
+
+def low_rank_states(state: Any) -> list[LowRankState]:
+    """Every `LowRankState` with leaves in a tree."""
+    is_one = lambda x: isinstance(x, LowRankState)
+    found = filter(is_one, jax.tree.leaves(state, is_leaf=is_one))
+    return [x for x in found if isinstance(x.leaves, dict)]
 
 
 def low_rank(
@@ -275,9 +282,9 @@ class _Core:
         return c is not None
 
     def views_of(self, tree):
-        leaves, treedef = flatten_by_path(tree)
-        found = axes_by_path(tree, self.axes, strict=False)
-        views = {path: _view(path, leaf, found[path], self.side) for path, leaf in leaves.items()}
+        leaves, treedef, views = views_by_path(tree, self.axes, self.side)
+        for path, leaf in leaves.items():
+            _check_leaf(path, leaf, views[path])
         return views, leaves, treedef
 
     def matrices(self, views, grads, state, params, places) -> dict[str, Matrix]:
@@ -372,7 +379,11 @@ class _Core:
         R = R if K is None else jnp.matmul(R, K)
         R, kept = mean_over(self.plan.axis_name, (R, kept))
         if K is not None:
-            exact = {x.dtype for x in (G, *jax.tree.leaves(stored))} == {R.dtype}
+            # the numbers of a DCT's columns are exact, codes are not
+            exact = {x.dtype for x in (G, *jax.tree.leaves(stored))} <= {
+                R.dtype,
+                jnp.dtype("int32"),
+            }
             R = jnp.where(fitted, _without_round_off(R, 1e-5 if exact else 2**-6), R)
         columns = jnp.sum(jnp.square(G.astype(R.dtype)), axis=0).astype(jnp.float32)
         columns = mean_over(self.plan.axis_name, columns)
@@ -447,8 +458,8 @@ def _without_round_off(R, unit):
     return jnp.where(size > unit * jnp.max(size), R, 0)
 
 
-def _view(path, leaf, axes, side) -> MatrixView:
-    if axes is None:
+def _check_leaf(path, leaf, view):
+    if view is None:
         raise ValueError(
             f"`low_rank` has no matrix view for leaf {path!r} of shape {leaf.shape}. Give one through `axes`, or keep "
             "such leaves away from it: `optax_lowrank.assemble(..., dense=...)`, `optax.partition` or `optax.masked`."
@@ -457,7 +468,6 @@ def _view(path, leaf, axes, side) -> MatrixView:
         raise TypeError(
             f"`low_rank` projects real floating-point leaves; leaf {path!r} is {leaf.dtype}."
         )
-    return MatrixView.of(leaf.shape, axes, side)
 
 
 def _note(path, view):

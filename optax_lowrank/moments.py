@@ -79,19 +79,18 @@ def scale_by_rotated_adam(
     def turn(state, turn):
         V, w = state.nu, state.mass
         M = state.mu.astype(V.dtype)
-        M_new, w_new = turn(M), turn.squared(w)
+        M_new, w_new = turn(M), turn.of_rows.squared(w)
         if second_moment == "keep":
             return state._replace(mu=M_new.astype(state.mu.dtype))
-        coverage = turn.squared(jnp.ones_like(w))
+        coverage = turn.of_rows.squared(jnp.ones_like(w))
         known = coverage > 1e-6  # otherwise a row that is new to the basis: it starts anew
         if second_moment == "reset":
             known, V_new, w_new = jnp.ones_like(known), jnp.zeros_like(V), jnp.zeros_like(w)
         elif second_moment == "square":
             V_new = turn.squared(V)
         else:
-            m = M / jnp.where(
-                state.count > 0, _correction(b1, state.count, V.dtype), 1
-            )  # at first M = 0
+            # at first M = 0
+            m = M / jnp.where(state.count > 0, _correction(b1, state.count, V.dtype), 1)
             v = V / jnp.where(w > 0, w, 1)  # a row of no mass has V = 0
             v_new = jnp.abs(turn.squared(v - m**2) + turn(m) ** 2)
             V_new = w_new / jnp.where(known, coverage, 1) * v_new

@@ -14,7 +14,7 @@ import optax
 
 from optax_lowrank import checks
 from optax_lowrank.assemble import assemble
-from optax_lowrank.bases import Basis, BasisStore, InCodes, InDtype
+from optax_lowrank.bases import Basis, InCodes, InDtype
 from optax_lowrank.classify import Rank, check_rank
 from optax_lowrank.fits import Fit, check_fit
 from optax_lowrank.low_rank import Geometry, Side, low_rank
@@ -100,30 +100,24 @@ class Options:
             raise ValueError(
                 "give `dense` or `dense_learning_rate`, not both: `dense` has a rate of its own."
             )
-        bits = self.state_bits
-        if not (bits is None or isinstance(bits, Mapping) or bits in (8, 4)) or isinstance(
-            bits, bool
-        ):
+        if not (self.state_bits in (None, 8, 4) or isinstance(self.state_bits, Mapping)):
             raise ValueError(
-                f"`state_bits` must be None, 8, 4 or a dict of arguments of `quantize_state`, got {bits!r}."
+                "`state_bits` must be None, 8, 4 or a dict of arguments of `quantize_state`, got "
+                f"{self.state_bits!r}."
             )
 
     def adam(self) -> optax.GradientTransformation:
         """Adam for leaves that are not projected."""
         return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
 
-    def moments(self) -> Rule:
-        """The rule of Adam in the subspace."""
-        if self.rotate_moments:
-            return self.coded(scale_by_rotated_adam(self.b1, self.b2, self.eps, self.mu_dtype))
-        return self.coded(lifted(self.adam()))
-
-    def rule_of(self, base: optax.GradientTransformation | None) -> Rule:
-        """The rule of a transformation in place of Adam, or of Adam."""
-        if base is None:
-            return self.moments()
-        checks.transformation("base_optimizer", base, "Call it: `optax.scale_by_lion()`.")
-        return self.coded(rotated(base) if self.rotate_moments else lifted(base))
+    def moments(self, base: optax.GradientTransformation | None = None) -> Rule:
+        """The rule of Adam in the subspace, or of a transformation in its place."""
+        if base is not None:
+            checks.transformation("base_optimizer", base, "Call it: `optax.scale_by_lion()`.")
+        if not self.rotate_moments:
+            return self.coded(lifted(base or self.adam()))
+        adam = scale_by_rotated_adam(self.b1, self.b2, self.eps, self.mu_dtype)
+        return self.coded(adam if base is None else rotated(base))
 
     def coded(self, rule: Rule) -> Rule:
         """A rule with its state in `state_bits`."""
@@ -132,17 +126,8 @@ class Options:
     @property
     def bits(self) -> dict[str, Any]:
         """Arguments of `quantize_state`."""
-        return (
-            dict(self.state_bits)
-            if isinstance(self.state_bits, Mapping)
-            else {"bits": self.state_bits}
-        )
-
-    def store(self, basis_bits: Literal[8, 4] | None = None) -> BasisStore:
-        """The store that goes with `state_bits`: bfloat16 with codes of moments, codes on request."""
-        if basis_bits is not None:
-            return InCodes(basis_bits)
-        return InDtype(None if self.state_bits is None else jax.numpy.bfloat16)
+        bits = self.state_bits
+        return dict(bits) if isinstance(bits, Mapping) else {"bits": bits}
 
     def weighs_columns(self, method: str, what: str) -> None:
         """Raises where a method that weighs columns of the gradient cannot do what is asked."""
@@ -163,25 +148,21 @@ class Options:
         scale: jax.typing.ArrayLike = 1.0,
         geometry: Geometry | None = None,
         basis_bits: Literal[8, 4] | None = None,
-        **changes: Any,
     ) -> optax.GradientTransformationExtraArgs:
-        """`low_rank` with these options."""
-        arguments = {
-            "rank": self.rank,
-            "fit": self.fit,
-            "side": self.side,
-            "seed": self.seed,
-            "axis_name": self.axis_name,
-        } | changes
+        """`low_rank` with these options, and bases in bfloat16 beside codes of moments, or in codes on request."""
+        floats = InDtype(None if self.state_bits is None else jax.numpy.bfloat16)
         return low_rank(
             accumulated(rule, self.accumulate),
-            refresh=arguments.pop("refresh", None)
-            or as_policy(self.update_proj_gap, self.accumulate),
+            rank=self.rank,
+            fit=self.fit,
+            refresh=as_policy(self.update_proj_gap, self.accumulate),
             axes=self.weight_dimension_numbers,
+            side=self.side,
             scale=scale,
+            seed=self.seed,
+            basis_store=floats if basis_bits is None else InCodes(basis_bits),
             geometry=geometry,
-            basis_store=self.store(basis_bits),
-            **arguments,
+            axis_name=self.axis_name,
         )
 
     def optimizer(

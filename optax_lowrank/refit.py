@@ -69,9 +69,7 @@ class Refit(NamedTuple):
     """Outcome of the refresh of one step."""
 
     stored: dict[str, Any]  # (b, ...)
-    turn: dict[
-        str, Turn | None
-    ]  # (b, r, r), zeros where nothing was fitted; None where nobody asks
+    turn: dict[str, Turn | None]  # (b, r, r), zeros where nothing was fitted; None: nobody asks
     fitted: jax.Array  # (k,) bool
     energy: jax.Array  # (k,) float32, ‖G‖² where fitted
 

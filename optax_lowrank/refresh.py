@@ -17,16 +17,10 @@ from optax_lowrank import checks
 class Statistics(NamedTuple):
     """What the core knows of the k matrices of a tree: (k,) arrays, leaf by leaf in the order of `positions`."""
 
-    last_fit: (
-        jax.Array
-    )  # int32, the count at the last refit, -1 before the first; changes on refresh
+    last_fit: jax.Array  # int32, the count at the last refit, -1 before the first
     pending: jax.Array  # bool, a refit is due and has not met a usable gradient yet
-    skips: (
-        jax.Array
-    )  # int32, steps whose gradient was not finite, or no use for a refit that was due
-    captured: (
-        jax.Array
-    )  # float32, ‖R‖² / ‖G‖² at the last refit; of every step, if the policy watches it
+    skips: jax.Array  # int32, steps whose gradient was not finite, or no use for a due refit
+    captured: jax.Array  # float32, ‖R‖² / ‖G‖² at the last refit, or of each step if it is watched
     fit_norm: jax.Array  # float32, ‖R‖ at the last refit
     norm: jax.Array  # float32, ‖R‖ averaged over the steps since then, decay 0.9
     finite: jax.Array  # bool, was the last step finite? If not, the matrix was skipped
@@ -196,6 +190,9 @@ class in_windows:
       policy: any other one.
       k: micro-batches of a window, see `accumulated`.
 
+    Raises:
+      ValueError: k < 1.
+
     Example:
       >>> import optax, optax_lowrank as ol
       >>> inner = ol.accumulated(optax.scale_by_adam(), k=4)
@@ -204,6 +201,10 @@ class in_windows:
 
     policy: Policy
     k: int
+
+    def __post_init__(self):
+        if not checks.is_integer(self.k) or self.k < 1:
+            raise ValueError(f"`in_windows` needs k >= 1 micro-batches, got {self.k!r}.")
 
     @property
     def watches_captured(self) -> bool:

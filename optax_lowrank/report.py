@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from optax_lowrank import checks
-from optax_lowrank.low_rank import LowRankState
+from optax_lowrank.low_rank import LowRankState, low_rank_states
 from optax_lowrank.refit import TwoSided
 from optax_lowrank.refresh import Statistics, positions
 from optax_lowrank.tables import Table, Tabular, table
@@ -139,7 +139,7 @@ def diagnostics(state) -> Diagnostics:
         if count.ndim:
             raise ValueError(f"`state` is a stack of {len(count)}: `jax.vmap(diagnostics)(state)`.")
         bases = {path: first_basis(leaf.basis) for path, leaf in x.leaves.items()}
-        batch = {path: len(jax.tree.leaves(leaf)[0]) for path, leaf in x.leaves.items()}
+        batch = {path: _batch(path, leaf) for path, leaf in x.leaves.items()}
         for path, place in positions(batch).items():
             last_fit = stats.last_fit[place]
             found[path] = LeafDiagnostics(
@@ -160,17 +160,21 @@ def first_basis(stored) -> Any:
 def _active(basis, last_fit):
     if basis is None:
         return jnp.full_like(last_fit, -1)
-    columns = jnp.any(basis != 0, axis=1)
-    if jnp.issubdtype(basis.dtype, jnp.integer):  # which columns of a DCT: all of them
-        columns = jnp.broadcast_to(last_fit[:, None] >= 0, columns.shape)
-    return jnp.sum(columns, axis=1, dtype=jnp.int32)
+    return jnp.sum(used_columns(basis) & (last_fit >= 0)[:, None], axis=1, dtype=jnp.int32)
 
 
-def low_rank_states(state) -> list[LowRankState]:
-    """Every `LowRankState` with leaves in a tree."""
-    is_one = lambda x: isinstance(x, LowRankState)
-    found = filter(is_one, jax.tree.leaves(state, is_leaf=is_one))
-    return [x for x in found if isinstance(x.leaves, dict)]
+def used_columns(basis: jax.Array) -> jax.Array:
+    """Which columns of a basis (b, ·, r) are used, (b, r) bool: all of a DCT, which keeps their numbers."""
+    return jnp.any((basis != 0) | jnp.issubdtype(basis.dtype, jnp.integer), axis=1)
+
+
+def _batch(path, leaf):
+    arrays = jax.tree.leaves(leaf)
+    if not arrays:
+        raise ValueError(
+            f"leaf {path!r} keeps no arrays that tell of how many matrices it is a stack."
+        )
+    return len(arrays[0])
 
 
 class GroupMemory(NamedTuple):

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowrank import checks
-from optax_lowrank.report import first_basis, low_rank_states
+from optax_lowrank.low_rank import low_rank_states
+from optax_lowrank.report import first_basis, used_columns
 from optax_lowrank.rules import Asked, CodedState
 from optax_lowrank.views import flatten_by_path
 
@@ -80,9 +81,9 @@ def compact(
     """Releases the columns that no matrix of a leaf uses: `resize` to the active ranks, never to larger ones.
 
     A leaf keeps the largest active rank of its matrices plus `headroom`, rounded up; a leaf that has no basis yet keeps
-    all. Columns that go are zero, so the run continues
-    as it would have, but for one thing: what is allocated is the cap of ranks to come. Leave `headroom` for ranks to
-    rise, or `resize`. Moments that were not rotated may have rows left over from a larger rank; these go as well.
+    all. Columns that go are zero, so the run continues as it would have, but for one thing: what is allocated is the
+    cap of ranks to come. Leave `headroom` for ranks to rise, or `resize`. Moments that were not rotated may have rows
+    left over from a larger rank; these go as well.
 
     Args:
       tx: the optimizer.
@@ -288,6 +289,6 @@ def _moved(x, y, start):
 
 
 def _last_used_column(P):
-    """Number of the last column that is not zero in all of (b, m, r), from 1; 0 if there is none."""
+    """Number of the last column that a matrix of (b, ·, r) uses, from 1; 0 if there is none."""
     columns = jnp.arange(1, P.shape[2] + 1)
-    return jnp.max(jnp.where(jnp.any(P != 0, axis=(0, 1)), columns, 0))
+    return jnp.max(jnp.where(jnp.any(used_columns(P), axis=0), columns, 0))

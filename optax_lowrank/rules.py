@@ -28,17 +28,21 @@ class Turn(NamedTuple):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """What is linear in the gradient, in the new coordinates: exact within the old subspace."""
-        return self._apply(self.Q, self.K, x)
+        return _turned(self.Q, self.K, x)
 
     def squared(self, x: jax.Array) -> jax.Array:
         """The same for averages of squares, by Q∘Q: exact where coordinates were uncorrelated."""
-        return self._apply(jnp.square(self.Q), None if self.K is None else jnp.square(self.K), x)
+        return _turned(jnp.square(self.Q), None if self.K is None else jnp.square(self.K), x)
 
-    @staticmethod
-    def _apply(Q, K, x):
-        x = matmul(Q, x.astype(Q.dtype))
-        one_a_row = x.shape[-1] == 1  # a mass has no columns to turn
-        return x if K is None or one_a_row else matmul(x, K.mT)
+    @property
+    def of_rows(self) -> "Turn":
+        """That of what has one number a row, and no columns to turn."""
+        return self._replace(K=None)
+
+
+def _turned(Q, K, x):
+    x = matmul(Q, x.astype(Q.dtype))
+    return x if K is None else matmul(x, K.mT)
 
 
 def unturned(state: Any, turn: Turn) -> Any:
@@ -358,7 +362,7 @@ class CodedState(NamedTuple):
     inner: Any  # of the rule, large float arrays as uint8 codes
     block_scale: dict[
         str, jax.Array
-    ]  # (..., blocks) float32 by the array's path in `inner`: who is here is in codes
+    ]  # (..., blocks) float32 by path in `inner` of what is in codes
     count: jax.Array | None  # () int32, updates so far; only where rounding is stochastic
 
 

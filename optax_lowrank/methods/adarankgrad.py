@@ -9,6 +9,7 @@ and on every step R = PᵀG, N = Adam(R), W ← W − η · α P N.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import optax
@@ -16,7 +17,7 @@ import optax
 from optax_lowrank import checks
 from optax_lowrank.fits import adaptive_rank, randomized_svd
 from optax_lowrank.options import Options, alias
-from optax_lowrank.refresh import Policy, as_policy, on_convergence as converged
+from optax_lowrank.refresh import Policy, on_convergence as converged
 
 
 @alias(rotate_moments=True)
@@ -78,10 +79,6 @@ def adarankgrad(
             "`fit` must choose its columns by the gradient in `adarankgrad`: a seeded or DCT basis has a fixed rank."
         )
     fit = adaptive_rank(options.fit or randomized_svd(), max_residual_energy, min_rank, rank_step)
-    matrix = options.projected(
-        options.moments(),
-        scale=options.scale,
-        fit=fit,
-        refresh=as_policy(policy, options.accumulate),
-    )
+    options = dataclasses.replace(options, fit=fit, update_proj_gap=policy)
+    matrix = options.projected(options.moments(), scale=options.scale)
     return options.optimizer(learning_rate, matrix)

@@ -8,7 +8,7 @@ Zhu et al., arXiv:2412.05270, Algorithm 1, column j of n:
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,11 @@ import optax
 
 from optax_lowrank import checks
 from optax_lowrank.bases import seeded
-from optax_lowrank.limit import limited, subspace_ratio
+from optax_lowrank.limit import LimitedState, around, limited, subspace_ratio
 from optax_lowrank.options import Options, alias
 from optax_lowrank.rules import Rule
 
 Per = Literal["column", "matrix"]
-
-
-class ApolloState(NamedTuple):
-    """State of APOLLO's rule."""
-
-    moments: Any  # of Adam
-    norm: (
-        jax.Array
-    )  # () float32, norm of the update after limiting, on the last step; 0 where there was none
 
 
 def channel_scaling(
@@ -54,16 +45,12 @@ def channel_scaling(
         c = subspace_ratio(N, R, columns, size, axis)
         factor, norm = limited(jnp.sqrt(jnp.sum(jnp.square(c) * columns)), state.norm, limit)
         c = jnp.broadcast_to(jnp.asarray(scale, R.dtype) * factor * c, columns.shape)
-        return None, c, ApolloState(moments_state, norm)
+        return None, c, LimitedState(moments_state, norm)
 
-    return Rule(
-        init=lambda R: ApolloState(moments.init(R), jnp.zeros([], jnp.float32)),
-        turn=lambda state, turn: state._replace(moments=moments.turn(state.moments, turn)),
-        step=step,
-    )
+    return around(moments, step)
 
 
-@alias()
+@alias(fit=seeded())
 def apollo(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -105,4 +92,4 @@ def apollo(
     options.weighs_columns("apollo", "its update")
     checks.number("limit", limit, 1)
     rule = channel_scaling(options.moments(), per, options.scale, limit)
-    return options.optimizer(learning_rate, options.projected(rule, fit=options.fit or seeded()))
+    return options.optimizer(learning_rate, options.projected(rule))

@@ -11,23 +11,16 @@ With c = β φ · min(1, …) that is P (α N − R diag(c)) + G diag(c), and si
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_lowrank import checks
-from optax_lowrank.limit import limited, subspace_ratio
+from optax_lowrank.limit import LimitedState, around, limited, subspace_ratio
 from optax_lowrank.options import Options, alias
 from optax_lowrank.rules import Rule
-
-
-class FiraState(NamedTuple):
-    """State of Fira's rule."""
-
-    moments: Any  # of Adam
-    norm: jax.Array  # () float32, ‖S‖ after limiting, on the last step; 0 where there was none
 
 
 def with_residual(
@@ -54,13 +47,9 @@ def with_residual(
         c = subspace_ratio(N, R, columns, size)
         factor, norm = limited(jnp.sqrt(jnp.sum(jnp.square(c * left))), state.norm, limit)
         c = jnp.asarray(residual_scale, R.dtype) * factor * c
-        return jnp.asarray(scale, R.dtype) * N - R * c[None], c, FiraState(moments_state, norm)
+        return jnp.asarray(scale, R.dtype) * N - R * c[None], c, LimitedState(moments_state, norm)
 
-    return Rule(
-        init=lambda R: FiraState(moments.init(R), jnp.zeros([], jnp.float32)),
-        turn=lambda state, turn: state._replace(moments=moments.turn(state.moments, turn)),
-        step=step,
-    )
+    return around(moments, step)
 
 
 @alias()

@@ -69,5 +69,5 @@ def galore(
       authors' adds eps before the correction. Singular vectors get a sign rule.
     """
     options = Options(**options)
-    matrix = options.projected(options.rule_of(base_optimizer), scale=options.scale)
+    matrix = options.projected(options.moments(base_optimizer), scale=options.scale)
     return options.optimizer(learning_rate, matrix, inner=base_optimizer)

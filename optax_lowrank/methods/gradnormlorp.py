@@ -8,6 +8,7 @@ Huang et al., arXiv:2412.19616. Column norms ‖·‖, one a unit of output, gau
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
@@ -15,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowrank.classify import axes_by_path
+from optax_lowrank.classify import views_by_path
 from optax_lowrank.low_rank import Geometry
 from optax_lowrank.options import Options, alias
 from optax_lowrank.rules import Rule, accumulated, lifted, wide
-from optax_lowrank.views import MatrixView, flatten_by_path
+from optax_lowrank.views import flatten_by_path
 
 
 def tangent(D: jax.Array, W: jax.Array, axis: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -147,14 +148,12 @@ def weight_norm(
 
 
 def _views_of(tree, axes):
-    leaves, treedef = flatten_by_path(tree)
-    found = axes_by_path(tree, axes, strict=False)
-    dense = [path for path in leaves if found[path] is None]
+    leaves, treedef, views = views_by_path(tree, axes, "reduction")
+    dense = [path for path, view in views.items() if view is None]
     if dense:
         raise ValueError(
             f"`weight_norm` has no matrix view for {dense}. Use `optax.masked` or `assemble`."
         )
-    views = {path: MatrixView.of(x.shape, found[path], "reduction") for path, x in leaves.items()}
     return views, leaves, treedef
 
 
@@ -228,6 +227,8 @@ def gradnormlorp(
       not follow them (see `weight_norm`).
     """
     options = Options(**options)
+    if two_sided:
+        options = dataclasses.replace(options, side="both")
 
     def direction(decay):
         magnitude = options.coded(lifted(options.adam()))
@@ -236,7 +237,6 @@ def gradnormlorp(
             scale=options.scale,
             geometry=normalised(magnitude, learning_rate, decay, options.accumulate),
             basis_bits=basis_bits,
-            side="both" if two_sided else options.side,
         )
 
     matrix = direction(options.weight_decay)

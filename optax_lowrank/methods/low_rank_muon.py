@@ -21,12 +21,11 @@ import optax
 
 from optax_lowrank import checks
 from optax_lowrank.bases import seeded
-from optax_lowrank.classify import axes_by_path
+from optax_lowrank.classify import views_by_path
 from optax_lowrank.linalg import newton_schulz
 from optax_lowrank.low_rank import Geometry
 from optax_lowrank.options import Options, alias
 from optax_lowrank.rules import Rule
-from optax_lowrank.views import MatrixView, flatten_by_path
 from optax_lowrank.walls import after
 
 
@@ -129,20 +128,20 @@ def orthogonalize(
 
     def update(updates, state, params=None):
         del params
-        leaves, treedef = flatten_by_path(updates)
-        found, before = axes_by_path(updates, axes, strict=False), None
-        for path, x in leaves.items():
-            if found[path] is not None:
-                view = MatrixView.of(x.shape, found[path], "reduction")
+        leaves, treedef, views = views_by_path(updates, axes, "reduction")
+        before = None
+        for path, view in views.items():
+            if view:
                 size = _scale((view.m, view.n), consistent_rms)
                 one = lambda X, size=size: newton_schulz(X, ns_steps) * jnp.asarray(size, X.dtype)
-                leaves[path] = before = view.unfold(after(before, jax.vmap(one), view.fold(x)))
+                G = view.fold(leaves[path])
+                leaves[path] = before = view.unfold(after(before, jax.vmap(one), G))
         return treedef.unflatten(leaves.values()), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-@alias(without=("scale",), update_proj_gap=20, side="long")
+@alias(without=("scale",), update_proj_gap=20, side="long", fit=seeded())
 def low_rank_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -189,9 +188,5 @@ def low_rank_muon(
     if consistent_rms is not None:
         checks.number("consistent_rms", consistent_rms, 0)
     rule = options.coded(low_rank_momentum(beta, nesterov))
-    matrix = options.projected(
-        rule,
-        geometry=orthogonalized(ns_steps, consistent_rms),
-        fit=options.fit or seeded(),
-    )
+    matrix = options.projected(rule, geometry=orthogonalized(ns_steps, consistent_rms))
     return options.optimizer(learning_rate, matrix)
