@@ -372,19 +372,9 @@ def push_through_weights(gram: jax.Array, e: jax.Array, damping: jax.Array) -> j
       >>> jnp.allclose(x, jnp.array([3.0, 4.0]) / 50).item()
       True
     """
-    size = gram.shape[-1]
-    identity = jnp.broadcast_to(jnp.eye(size, dtype=gram.dtype), gram.shape)
+    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
     damped = gram + damping[..., None, None] * identity
-
-    # Gauss and Jordan's elimination, of a positive definite matrix as stable without pivots. The systems are tiny, and
-    # a factorization for each leaf would be a third of a TPU's compile time.
-    def eliminate(j, S):
-        row = S[..., j, :] / S[..., j, j, None]
-        S = S - S[..., :, j, None] * row[..., None, :]
-        return S.at[..., j, :].set(row)
-
-    start = jnp.concatenate([damped, e[..., None]], axis=-1)
-    return lax.fori_loop(0, size, eliminate, start)[..., -1]
+    return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), e[..., None])[..., 0]
 
 
 def dct_columns(m: int, index: jax.Array, dtype) -> jax.Array:

@@ -40,8 +40,8 @@ OPTIMIZERS = {
 @functools.lru_cache
 def uninterrupted(name):
     """The update function, gradients, and parameters and state after SAVED and after STEPS updates."""
-    tx, grads = OPTIMIZERS[name](), gradients("transformer", STEPS)
-    params = normal_tree("transformer", seed=0)
+    tx, grads = OPTIMIZERS[name](), gradients("mlp", STEPS)
+    params = normal_tree("mlp", seed=0)
 
     @jax.jit
     def step(params, state, grad):
@@ -56,7 +56,7 @@ def uninterrupted(name):
 
 def target(tx):
     """Shapes and a device, as a new process would have them: nothing of the old state is at hand."""
-    params = jax.eval_shape(functools.partial(normal_tree, "transformer", seed=0))
+    params = jax.eval_shape(functools.partial(normal_tree, "mlp", seed=0))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = functools.partial(jax.ShapeDtypeStruct, sharding=here)
     return jax.tree.map(

@@ -58,8 +58,11 @@ def parse(*options):
     return finetune_classifier.parser().parse_args([*SMALL, *options])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs(method, session, out):
+RUN = ("adamw", "lora", "dora", "gradnormlorp_adapter", "gradnormlorp", "galore")
+
+
+@pytest.mark.parametrize("method", RUN)
+def test_methods_run(method, session, out):
     result = session.result(method, 0.01, 0)
     assert len(result["losses"]) == 2
     assert np.isfinite(result["losses"]).all()

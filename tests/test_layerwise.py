@@ -193,12 +193,11 @@ def test_rounding_leaves_other_dtypes_to_optax():
     assert_trees_close(done, optax.apply_updates(params, updates), rtol=0)
 
 
-@pytest.mark.parametrize("name", ["adamw", "galore"])
-def test_saves_most_of_the_gradients(name):
+def test_saves_most_of_the_gradients():
     # Wide enough that the stack's gradients are most of what the step holds beside parameters and state.
-    config = llama.LlamaConfig(hidden=256, ffn=256, layers=6, heads=2, vocab=64)
-    tx = optax.adamw(1e-3) if name == "adamw" else ol.galore(1e-3, rank=32, fit=ol.gaussian())
-    tx = optax.chain(optax.clip_by_global_norm(1.0), tx)  # needs all gradients of what it sees
+    config = llama.LlamaConfig(hidden=256, ffn=256, layers=4, heads=2, vocab=64)
+    galore = ol.galore(1e-3, rank=32, fit=ol.gaussian())
+    tx = optax.chain(optax.clip_by_global_norm(1.0), galore)  # needs all gradients of what it sees
 
     def peak(step):
         state = steps.TrainState(step.shapes, jax.eval_shape(step.init, step.shapes))

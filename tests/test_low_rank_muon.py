@@ -41,8 +41,9 @@ TRACKED = functools.partial(
 )
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "nesterov"), [(shape, i != 1) for i, shape in enumerate(SHAPES)], ids=str
+)
 def test_at_full_rank_it_is_muon(shape, nesterov):
     grads = normal(6, *shape)
     rule = low_rank_momentum(0.9, nesterov)
@@ -64,9 +65,9 @@ def in_a_plane(m, n):
     return normal(m, 2) @ normal(6, 2, 1, seed=1) @ normal(6, 1, n, seed=2)
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(
-    ("side", "shape"), [("short", (6, 10)), ("long", (10, 6)), ("short", (7, 7))]
+    ("side", "shape", "nesterov"),
+    [("short", (6, 10), True), ("long", (10, 6), False), ("short", (7, 7), True)],
 )
 def test_a_momentum_that_fits_into_the_basis_is_kept(side, shape, nesterov):
     grads = in_a_plane(*shape)
@@ -120,9 +121,8 @@ def test_bytes():
     assert coded == 24 * r * (2 * m + n + 4 * n // 256)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_by_default_the_basis_is_random_on_the_longer_side_and_new_every_20_steps(shape):
-    grads = normal(25, *shape)
+def test_by_default_the_basis_is_random_on_the_longer_side_and_new_every_20_steps():
+    grads = normal(25, 10, 6)
     options = {"rank": 2, "beta": 0.9}
     core = ol.low_rank(
         low_rank_momentum(0.9),

@@ -185,7 +185,6 @@ def test_ranks_by_path():
 
 # The number of codes crosses `min_size` both ways, and for two sides the number of blocks changes as well.
 CODED = {
-    "galore": ol.galore(0.01, rank=6, fit=ol.svd(), state_bits={"bits": 8, "min_size": 100}),
     "4_bits": ol.galore(0.01, rank=6, fit=ol.svd(), state_bits={"bits": 4, "min_size": 100}),
     "two_sided": ol.gradnormlorp(
         0.01, rank=6, fit=ol.svd(), state_bits={"bits": 8, "min_size": 30, "block_size": 4}
@@ -196,11 +195,6 @@ CODED = {
     ),
     "natural_galore": ol.natural_galore(
         0.01, rank=6, fit=ol.svd(), history=2, state_bits={"bits": 8, "min_size": 100}
-    ),
-    "adam_alone": ol.assemble(
-        ol.low_rank(ol.quantize_state(optax.scale_by_adam(), min_size=1), rank=6, fit=ol.svd()),
-        0.01,
-        rank=6,
     ),
 }
 
