@@ -5,18 +5,23 @@ import functools
 import inspect
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import optax_lowrank
 from optax_lowrank import checks
+from optax_lowrank.classify import ranks_by_path, views_by_path
+from optax_lowrank.report import size_of
 from optax_lowrank.tables import Table, Tabular, table
+from optax_lowrank.views import flatten_by_path
 
-METHODS = ("galore", "fira", "natural_galore", "gradnormlorp", "apollo", "low_rank_muon")
+METHODS = (
+    "galore", "fira", "natural_galore", "adarankgrad", "gradnormlorp", "apollo", "low_rank_muon",
+)  # fmt: skip
 LAYERS = r"(?i)(?:^|/)(?:layers?|blocks?|h)(?:[/_](\d+))?(?:/|$)"
 
 
@@ -49,7 +54,7 @@ class Plan(Tabular):
 
     @property
     def best(self) -> PlanRow | None:
-        """Of the rows that fit: the largest rank, then floats before codes, whole gradients before layer-wise."""
+        """Of the rows that fit: the largest rank (any number before any share), then floats, then whole gradients."""
         rank = lambda row: math.inf if row.rank is None else row.rank
         worth = lambda row: (rank(row), row.bits or 32, not row.layerwise)
         return max((row for row in self.rows if row.fits), key=worth, default=None)
@@ -118,8 +123,8 @@ def plan(
     checks.arrays(params)
     size = _parse(budget)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    parameters = sum(map(_bytes, jax.tree.leaves(shapes)))
-    one_layer, ends = _layers(shapes, layers)
+    parameters = sum(map(size_of, jax.tree.leaves(shapes)))
+    one_layer, ends, single = _layers(shapes, layers)
     ways = [way for way in layerwise if one_layer or not way]
     bits, ranks = tuple(bits), tuple(ranks)
     rows = []
@@ -132,8 +137,7 @@ def plan(
                 state = optax_lowrank.memory_report(tx, shapes).state
                 for way in ways:
                     gradients = one_layer + ends if way else parameters
-                    leaves = [_one(leaf, path, layers, way) for path, leaf in _leaves(shapes)]
-                    temporaries = max((_temporaries(leaf, rank) for leaf in leaves), default=0)
+                    temporaries = _temporaries(single if way else shapes, rank)
                     total = parameters + state + gradients + temporaries
                     fits = total + activations <= size
                     sizes = parameters, state, gradients, temporaries
@@ -144,13 +148,10 @@ def plan(
 def _defaults():
     def adamw(state_bits):
         adam = optax.scale_by_adam()
-        adam = adam if state_bits is None else optax_lowrank.quantize_state(adam, state_bits)
-        return optax.chain(adam, optax.scale_by_learning_rate(1.0))
+        return adam if state_bits is None else optax_lowrank.quantize_state(adam, state_bits)
 
-    aliases = {name: getattr(optax_lowrank, name, None) for name in METHODS}
-    return {"adamw": adamw} | {
-        name: functools.partial(alias, 1.0) for name, alias in aliases.items() if alias
-    }
+    aliases = {name: functools.partial(getattr(optax_lowrank, name), 1.0) for name in METHODS}
+    return {"adamw": adamw} | aliases
 
 
 def _parse(budget) -> int:
@@ -163,45 +164,35 @@ def _parse(budget) -> int:
     return round(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
-def _leaves(tree):
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
-
-
-def _layers(shapes, pattern) -> tuple[int, int]:
-    """Bytes of the largest layer, and of what is in no layer."""
-    numbered: dict[str, int] = {}
-    stacked, ends = 0, 0
-    for path, leaf in _leaves(shapes):
+def _layers(shapes, pattern) -> tuple[int, int, Any]:
+    """Bytes of the largest layer and of what is in no layer, and the tree with one layer of each stack."""
+    leaves, treedef = flatten_by_path(shapes)
+    numbered, stacked, ends = Counter(), 0, 0
+    for path, x in leaves.items():
         match = re.search(pattern, path)
         if match is None:
-            ends += _bytes(leaf)
-        elif number := match.group(1):
-            key = path[: match.start()] + number
-            numbered[key] = numbered.get(key, 0) + _bytes(leaf)
+            ends += size_of(x)
+        elif match[1]:
+            numbered[path[: match.start()] + match[1]] += size_of(x)
         else:
-            stacked += _bytes(leaf) // leaf.shape[0]
-    return stacked + max(numbered.values(), default=0), ends
+            leaves[path] = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+            stacked += size_of(leaves[path])
+    largest = stacked + max(numbered.values(), default=0)
+    return largest, ends, treedef.unflatten(leaves.values())
 
 
-def _one(leaf, path, pattern, layerwise):
-    """A leaf as the optimizer has it at a time: of a stack, in a layer-wise step, one layer."""
-    match = re.search(pattern, path)
-    if layerwise and match and not match.group(1):
-        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-    return leaf
+def _temporaries(shapes, rank) -> int:
+    leaves, _, views = views_by_path(shapes)
+    matrices = {path: view for path, view in views.items() if view and rank is not None}
+    ranks = ranks_by_path(matrices, rank) if matrices else {}
 
+    def of(path, leaf):
+        if path not in ranks:
+            return size_of(leaf)
+        m, n, b = views[path].m, views[path].n, views[path].batch
+        return 4 * m * n + size_of(leaf) + 12 * b * ranks[path] * n
 
-def _temporaries(leaf, rank) -> int:
-    m, n = sorted((1, 1, *leaf.shape)[-2:])
-    if rank is None or m <= 1:
-        return _bytes(leaf)
-    r = min(m, rank if checks.is_integer(rank) else round(rank * m))
-    return 4 * m * n + _bytes(leaf) + 12 * (leaf.size // (m * n)) * r * n
-
-
-def _bytes(x) -> int:
-    return x.size * jnp.dtype(x.dtype).itemsize
+    return max((of(*x) for x in leaves.items()), default=0)
 
 
 def _gib(size: int) -> str:

@@ -263,9 +263,9 @@ def memory_report(tx: optax.GradientTransformation, params, state: Any = None) -
     arrays, counters = dict.fromkeys(leaves, 0), 0
     for _, x, path in owned_leaves(state, params):
         if path is None or (path in bases and x.ndim < 2):
-            counters += _bytes(x)
+            counters += size_of(x)
         else:
-            arrays[path] += _bytes(x)
+            arrays[path] += size_of(x)
     alike = lambda path: (leaves[path].shape, leaves[path].dtype, path in bases)
     groups = {}
     for name, paths in equal_leaves(leaves, alike).items():
@@ -274,12 +274,13 @@ def memory_report(tx: optax.GradientTransformation, params, state: Any = None) -
         groups[name] = GroupMemory(
             leaves=count,
             projected=paths[0] in bases,
-            parameters=count * _bytes(leaf),
+            parameters=count * size_of(leaf),
             arrays=sum(arrays[path] for path in paths),
-            adamw=count * sum(map(_bytes, moments)),
+            adamw=count * sum(map(size_of, moments)),
         )
     return MemoryReport(groups, counters)
 
 
-def _bytes(x) -> int:
+def size_of(x) -> int:
+    """Bytes of an array, or of a shape."""
     return x.size * jnp.dtype(x.dtype).itemsize

@@ -410,7 +410,7 @@ class _InCodes:
         )
         asked = getattr(R, "coded", None)
         chosen = large if asked is None else lambda path, _: path in asked
-        coded = self.encode(self.rule.init(R), chosen, None)
+        coded = self.encode(self.rule.init(jnp.zeros(R.shape, R.dtype)), chosen, None)
         return coded._replace(count=jnp.zeros([], jnp.int32) if self.stochastic else None)
 
     def turn(self, state, turn):

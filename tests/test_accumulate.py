@@ -134,6 +134,11 @@ def test_matrix_whose_window_ends_badly_steps_with_the_next_one():
     np.testing.assert_allclose(bad[3 * K - 1][1], without_the_broken, atol=1e-5)
 
 
+def test_a_window_has_micro_batches():
+    with pytest.raises(ValueError, match="`in_windows` needs k >= 1"):
+        ol.in_windows(ol.every(100), 0)
+
+
 def lossless():
     """The mean gradient of each window, by way of a subspace that holds all of it."""
     policy = ol.in_windows(ol.every(100), K)

@@ -251,6 +251,26 @@ def test_between_refits_the_basis_is_that_of_the_refit(fit, side):
         )
 
 
+def test_every_column_of_a_dct_is_used():
+    """Also the one of number 0: what is stored are numbers, and no column of zeros is among them."""
+    columns = dct_columns(24, jnp.arange(5), jnp.float32)
+    G = {"w": columns * jnp.arange(1.0, 6)[None] @ jnp.ones((5, 40))}  # 0 is the weakest, the last
+    tx = ol.low_rank(optax.scale_by_adam(), rank=5, fit=ol.dct())
+    _, state = tx.update(G, tx.init(G))
+    assert state.leaves["w"].basis.tolist() == [[[4, 3, 2, 1, 0]]]
+    assert ol.diagnostics(state)["w"].rank.tolist() == [5]
+    assert ol.compact(tx, state, G, multiple_of=1) is state
+
+
+def test_a_dct_on_both_sides_keeps_small_coordinates():
+    """Its columns are exact, so that what is small after a refit is no round-off."""
+    left, right = (dct_columns(n, jnp.arange(2), jnp.float32) for n in (12, 16))
+    G = {"w": left @ jnp.array([[1.0, 1e-3], [2e-3, 0.5]]) @ right.T}
+    tx = ol.low_rank(optax.identity(), rank=2, fit=ol.dct(), side="both")
+    update, _ = tx.update(G, tx.init(G))
+    np.testing.assert_allclose(update["w"], G["w"], atol=1e-6)
+
+
 @pytest.mark.parametrize(("fit", "a_basis"), [("seeded", 0), ("dct", 4 * 8)])
 def test_bytes_of_what_is_made_anew(fit, a_basis):
     shapes = {"stack": jax.ShapeDtypeStruct((3, 64, 96), jnp.float32)}

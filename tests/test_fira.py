@@ -14,8 +14,9 @@ from hypothesis import given, strategies as st
 
 import optax_lowrank as ol
 from optax_lowrank.limit import subspace_ratio
+from optax_lowrank.methods.apollo import channel_scaling
 from optax_lowrank.methods.fira import with_residual
-from optax_lowrank.rules import as_rule
+from optax_lowrank.rules import as_rule, unturned
 
 from .helpers import (
     assert_trees_close,
@@ -294,6 +295,13 @@ def test_stacked_leaf_is_a_loop_over_its_layers():
 
 
 # Memory and errors
+
+
+@pytest.mark.parametrize("around", [with_residual, channel_scaling])
+def test_a_change_of_basis_costs_nothing_where_moments_do_not_turn(around):
+    """`low_rank` computes P_newᵀ P_old only for a rule that asks for it."""
+    assert around(as_rule(optax.scale_by_adam())).turn is unturned
+    assert around(ol.scale_by_rotated_adam()).turn is not unturned
 
 
 def test_state_is_that_of_galore_and_a_float_a_matrix():

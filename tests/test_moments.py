@@ -204,3 +204,16 @@ def test_inside_low_rank_the_first_moment_stays_where_it_was(inner, side):
         lifted = basis.P[0] @ M @ basis.K[0].T if side == "both" else basis[0] @ M
         # float32 bases, five of them
         np.testing.assert_allclose(lifted, momentum, rtol=0, atol=1e-4 * np.abs(momentum).max())
+
+
+def test_of_a_single_coordinate_too_both_sides_turn():
+    """A moment of 1 × 1 is no mass, which has one number a row and no columns to turn."""
+    turns = {1: (np.full((1, 1), 0.5, np.float32), np.full((1, 1), 0.25, np.float32))}
+    rule, state = ol.scale_by_rotated_adam(), None
+    grads = [normal(seed, (1, 1)) for seed in range(2)]
+    state = rule.init(jnp.zeros((1, 1)))
+    _, state = run(rule, grads, turns, state)
+    np.testing.assert_allclose(
+        state.mu, 0.9 * 0.5 * (0.1 * grads[0]) * 0.25 + 0.1 * grads[1], rtol=1e-6
+    )
+    np.testing.assert_allclose(state.mass, 0.999 * 0.25 * 1e-3 + 1e-3, rtol=1e-4)

@@ -36,6 +36,14 @@ def test_numbers(params):
     ]
 
 
+def test_heads_are_one_matrix():
+    """(model, heads, size of a head) is the matrix that the optimizer projects."""
+    made = ol.plan({"query": {"kernel": struct(64, 4, 32)}}, "1GB", methods=METHODS, ranks=(8, 0.5))
+    sizes = {row.rank: row.temporaries for row in made.rows}
+    at = lambda rank: 4 * 64 * 128 + 2 * 64 * 128 + 12 * rank * 128
+    assert sizes == {8: at(8), 0.5: at(32)}
+
+
 def test_best_is_the_largest_rank_and_then_the_simplest_way():
     everything = ol.plan(STACKED, 10**9, methods=METHODS, ranks=(8, 16))
     assert everything.best is everything.rows[4]  # rank 16, floats, whole

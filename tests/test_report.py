@@ -335,3 +335,9 @@ total bytes                                   384,012          282,036  768,024 
 gradients                                     384,012
 """.strip()
     )
+
+
+def test_a_leaf_without_arrays_is_named():
+    tx, params = ol.low_rank(optax.identity(), rank=2, fit=ol.seeded()), {"w": jnp.ones((6, 8))}
+    with pytest.raises(ValueError, match="leaf 'w' keeps no arrays"):
+        ol.diagnostics(tx.init(params))
