@@ -45,9 +45,7 @@ NAMES = (
 
 def memory(options: Options) -> Table:
     """A whole training step of a byte-level Llama, 1 × 256 tokens, layers recomputed, all donated but the tokens."""
-    cases = [(QUICK, False), (QUICK, True)]
-    if not options.quick:
-        cases = [(M60, False), (M60, True), (M130, True)]
+    cases = [(QUICK, True)] if options.quick else [(M60, False), (M60, True), (M130, True)]
     rows, peaks = [], {}
     for size, stack in cases:
         title = f"{size.name}, {'stacked' if stack else 'layers apart'}"

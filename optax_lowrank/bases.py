@@ -18,7 +18,7 @@ class Basis(Protocol):
     implicit: bool  # made from less than itself, so that `read` needs a refit to speak of
 
     def init(self, m: int, r: int, dtype: Any) -> Any:
-        """What is stored before the first fit."""
+        """What is stored before the first fit: a tree of arrays whose last axis is r, or nothing."""
 
     def refit(
         self, key: jax.Array, G: jax.Array | LinearOperator, P: jax.Array
@@ -27,9 +27,6 @@ class Basis(Protocol):
 
     def read(self, stored: Any, key: jax.Array, m: int, r: int, dtype: Any) -> jax.Array:
         """The basis, orthonormal to the precision of what is stored; `key` is that of the refit."""
-
-    def rank(self, stored: Any) -> int | None:
-        """R of a stored basis, or None where nothing tells."""
 
 
 class BasisStore(Protocol):
@@ -68,10 +65,6 @@ class Fitted:
         del key, r
         return self.store.decode(stored, m, dtype)
 
-    def rank(self, stored):
-        """The last axis of what is stored."""
-        return jax.tree.leaves(stored)[-1].shape[-1]
-
 
 @dataclasses.dataclass(frozen=True)
 class _Seeded:
@@ -90,9 +83,6 @@ class _Seeded:
         rows, columns = jax.random.split(key)
         signs = jax.random.rademacher(rows, (m, 1), dtype)
         return signs * linalg.dct_columns(m, jax.random.permutation(columns, m)[:r], dtype)
-
-    def rank(self, stored):
-        del stored
 
 
 def seeded() -> Basis:
@@ -134,9 +124,6 @@ class _DCT:
     def read(self, stored, key, m, r, dtype):
         del key, r
         return linalg.dct_columns(m, stored[0], dtype)
-
-    def rank(self, stored):
-        return stored.shape[-1]
 
 
 def dct() -> Basis:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowrank.walls import put, taken
+
 
 class LayerwiseStep(NamedTuple):
     """What `layerwise_step` returns."""
@@ -100,18 +102,18 @@ def layerwise_step(
         # late: were a stack read and written in the same turn, XLA would copy all of it to keep the two in order.
         stacks, updated, x_grad = carry
         i = count - 1 - step
-        stacks = _set(stacks, i + 1, updated)
-        layer, layer_state = _get(stacks, i)
-        _, pull = jax.vjp(block, layer, _get(inputs, i))
+        stacks = put(stacks, i + 1, updated)
+        layer, layer_state = taken(stacks, i)
+        _, pull = jax.vjp(block, layer, taken(inputs, i))
         grads, x_grad = pull(x_grad)
         updates, layer_state = tx.update(grads, layer_state, layer)
         return stacks, (apply(layer, updates, i), layer_state), x_grad
 
     # The first turn writes to the index `count`, which JAX clamps: the last layer, as it is.
     stacks = (layers, state)
-    carry = (stacks, _get(stacks, count - 1), x_grad)
+    carry = (stacks, taken(stacks, count - 1), x_grad)
     stacks, updated, x_grad = jax.lax.fori_loop(0, count, backward, carry)
-    layers, state = _set(stacks, 0, updated)
+    layers, state = put(stacks, 0, updated)
     return LayerwiseStep(loss, layers, state, head_grads, x_grad)
 
 
@@ -164,11 +166,3 @@ def _check_stacked(name, tree, count):
                 f"`{name}` must have the layers on axis 0 of every leaf, {count} of them; {jax.tree_util.keystr(path)} "
                 f"is {leaf.shape}. The state of a stack is `jax.vmap(tx.init)(layers)`."
             )
-
-
-def _get(stack, i):
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
-
-
-def _set(stack, i, one):
-    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), stack, one)

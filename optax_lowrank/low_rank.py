@@ -32,7 +32,7 @@ from optax_lowrank import checks
 from optax_lowrank.bases import Basis, BasisStore, Fitted, InDtype
 from optax_lowrank.classify import Rank, check_rank, ranks_by_path, views_by_path
 from optax_lowrank.fits import Fit, check_fit, randomized_svd
-from optax_lowrank.refit import Leaf, Matrix, Plan, TwoSided, hashed, read_bases, refit
+from optax_lowrank.refit import Leaf, Matrix, Setup, TwoSided, hashed, read_bases, refit
 from optax_lowrank.refresh import (
     Policy,
     Statistics,
@@ -44,7 +44,7 @@ from optax_lowrank.refresh import (
 )
 from optax_lowrank.rules import Asked, Rule, as_rule, put_back, repeated, unturned, wide
 from optax_lowrank.views import flatten_by_path
-from optax_lowrank.walls import AxisName, after, loop, mean_over, vary_alike
+from optax_lowrank.walls import AxisName, after, loop, mean_over, put, taken, vary_alike
 
 Side = Literal["short", "long", "both"]
 
@@ -156,7 +156,7 @@ def low_rank(
     if side not in get_args(Side):
         raise ValueError(f'`side` must be "short", "long" or "both", got {side!r}.')
     rule, fit = as_rule(rule), randomized_svd() if fit is None else check_fit(fit)
-    plan = Plan(
+    setup = Setup(
         basis=fit if hasattr(fit, "implicit") else Fitted(fit, basis_store),
         two_sided=side == "both",
         turns=rule.turn is not unturned,
@@ -165,18 +165,8 @@ def low_rank(
         recall=rule.recall,
         tangent=None if geometry is None else geometry.tangent,
     )
-    core = _Core(rule, rank, plan, as_policy(refresh), axes, side, scale, geometry)
+    core = _Core(rule, rank, setup, as_policy(refresh), axes, side, scale, geometry)
     return optax.GradientTransformationExtraArgs(core.init, core.update)
-
-
-class _Projected(NamedTuple):
-    """One matrix in its subspace."""
-
-    R: jax.Array  # (r, n)
-    P: jax.Array  # (m, r), as the products take it
-    K: jax.Array | None
-    columns: jax.Array  # (n,) float32, ‖G_j‖²
-    kept: Any  # of the geometry
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,7 +175,7 @@ class _Core:
 
     rule: Rule
     rank: Rank
-    plan: Plan
+    setup: Setup
     refresh: Policy
     axes: Any
     side: Side
@@ -233,17 +223,17 @@ class _Core:
         if not views:
             return updates, state._replace(count=optax.safe_increment(state.count))
         _check_same_leaves(views, state)
-        grads, state, params = vary_alike(grads, state, params, but=self.plan.axis_name)
+        grads, state, params = vary_alike(grads, state, params, but=self.setup.axis_name)
         places = positions({path: view.batch for path, view in views.items()})
         matrices = self.matrices(views, grads, state, params, places)
         told, first = {**extra, "count": state.count}, next(iter(matrices.values()))
-        if self.plan.axis_name is not None and self.weighs_columns(first, told):
-            updates = mean_over(self.plan.axis_name, updates)
-            alone = dataclasses.replace(self, plan=self.plan._replace(axis_name=None))
+        if self.setup.axis_name is not None and self.weighs_columns(first, told):
+            updates = mean_over(self.setup.axis_name, updates)
+            alone = dataclasses.replace(self, setup=self.setup._replace(axis_name=None))
             return alone.step(updates, state, params, **extra)
         # `optax.contrib.sam` interpolates states, which makes ints of bools
         pending = state.stats.pending.astype(bool) | self.refresh(state.count, state.stats)
-        new = refit(self.plan, state.count, matrices, pending, places)
+        new = refit(self.setup, state.count, matrices, pending, places)
 
         update_leaf = functools.partial(self.update_leaf, told)
         if isinstance(state.count, jax.core.Tracer):
@@ -272,7 +262,7 @@ class _Core:
 
     def weighs_columns(self, x: Matrix, told):
         """Whether the rule weighs columns of the gradient, which takes the whole of it."""
-        n, told = x.rank if self.plan.two_sided else x.view.n, {**told, "size": x.view.m}
+        n, told = x.rank if self.setup.two_sided else x.view.n, {**told, "size": x.view.m}
 
         def step(state):
             R, columns = jnp.zeros((x.rank, n), wide(x.gradient)), jnp.zeros(n)
@@ -294,8 +284,8 @@ class _Core:
 
         def matrix(path, view):
             leaf = state.leaves[path]
-            rank = self.plan.basis.rank(leaf.basis.P if self.plan.two_sided else leaf.basis)
-            rank = ranks[path] if rank is None else rank  # what `resize` has made of it
+            arrays = jax.tree.leaves(leaf.basis)
+            rank = arrays[-1].shape[-1] if arrays else ranks[path]  # `resize` may have changed it
             want = jax.eval_shape(lambda: self.bases(view, rank, wide(grads[path])))
             there, here = ([x.shape for x in jax.tree.leaves(y)] for y in (leaf.basis, want))
             if there != here:
@@ -313,7 +303,7 @@ class _Core:
         def begin(R):
             return self.rule.init(R if coded is None else Asked(R.shape, R.dtype, r, coded))
 
-        state = repeated(begin, (r, r if self.plan.two_sided else view.n), dtype, (view.batch,))
+        state = repeated(begin, (r, r if self.setup.two_sided else view.n), dtype, (view.batch,))
         leaf = Leaf(self.bases(view, r, dtype), state)
         if self.geometry is None:
             return leaf
@@ -323,9 +313,9 @@ class _Core:
 
     def bases(self, view, r, dtype):
         """What is stored of the bases of one leaf before the first step."""
-        one = lambda size: lambda _: self.plan.basis.init(size, r, dtype)
+        one = lambda size: lambda _: self.setup.basis.init(size, r, dtype)
         stack = lambda size: repeated(one(size), (), dtype, (view.batch,))
-        return TwoSided(stack(view.m), stack(view.n)) if self.plan.two_sided else stack(view.m)
+        return TwoSided(stack(view.m), stack(view.n)) if self.setup.two_sided else stack(view.m)
 
     def update_leaf(self, told, x: Matrix, stored, turn, fitted, before):
         """The update of one leaf in the bases of this step, its new state, numbers, and what the next leaf waits for.
@@ -354,30 +344,27 @@ class _Core:
 
     def turned(self, state, turn, fitted):
         """The state of a leaf's rule in the coordinates of the new bases, turned in place matrix by matrix."""
-        if not self.plan.turns:
+        if not self.setup.turns:
             return state
         order = jnp.argsort(~fitted)  # the new ones come first
 
         def one(step, state):
             i = order[step]
-            at = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-            put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
-            new = self.rule.turn(jax.tree.map(at, state), jax.tree.map(at, turn))
-            return jax.tree.map(put, state, new)
+            return put(state, i, self.rule.turn(taken(state, i), taken(turn, i)))
 
         return loop(jnp.sum(fitted, dtype=jnp.int32), one, state)
 
     # ---------------------------------------------------------------------------------------------------- one matrix
 
-    def project(self, x: Matrix, told, G, W, stored, layer, last_fit, fitted) -> _Projected:
-        """R = PᵀG, or PᵀGK, and what else is asked of G, in one go."""
-        P, K = read_bases(self.plan, x, stored, layer, last_fit)
+    def project(self, x: Matrix, told, G, W, stored, layer, last_fit, fitted):
+        """R = PᵀG, or PᵀGK; P as products take it, K or None; ‖G_j‖², (n,) float32; and what the geometry keeps."""
+        P, K = read_bases(self.setup, x, stored, layer, last_fit)
         G, kept = self.tangent(x, G, W)
         if G.dtype == jnp.bfloat16:
             P = P.astype(G.dtype)
         R = jnp.matmul(P.T, G.astype(P.dtype), preferred_element_type=wide(G))
         R = R if K is None else jnp.matmul(R, K)
-        R, kept = mean_over(self.plan.axis_name, (R, kept))
+        R, kept = mean_over(self.setup.axis_name, (R, kept))
         if K is not None:
             # the numbers of a DCT's columns are exact, codes are not
             exact = {x.dtype for x in (G, *jax.tree.leaves(stored))} <= {
@@ -386,13 +373,13 @@ class _Core:
             }
             R = jnp.where(fitted, _without_round_off(R, 1e-5 if exact else 2**-6), R)
         columns = jnp.sum(jnp.square(G.astype(R.dtype)), axis=0).astype(jnp.float32)
-        columns = mean_over(self.plan.axis_name, columns)
+        columns = mean_over(self.setup.axis_name, columns)
         if P.dtype != R.dtype and self.weighs_columns(x, told):
             # now, as it makes arrays of R's size, which would else lie beside those of the rule
             R, columns = jax.lax.optimization_barrier((R, columns + _overlap(P, R)))
-        return _Projected(R, P, K, columns, kept)
+        return R, P, K, columns, kept
 
-    def finish(self, x: Matrix, told, G, W, projected: _Projected, old, outer):
+    def finish(self, x: Matrix, told, G, W, projected, old, outer):
         """U = α P A + G diag(c) and the new states; zero and the old ones where something is not finite."""
         R, P, K, columns, kept = projected
         told, dtype = {**told, "size": x.view.m}, wide(G)
@@ -408,7 +395,7 @@ class _Core:
             A = jnp.where(finite, A, 0)
             U = x.view.product(P, A.astype(P.dtype)).astype(G.dtype)
         if c is not None:
-            if self.plan.two_sided:
+            if self.setup.two_sided:
                 raise ValueError('a rule that weighs columns needs `side="short"` or "long".')
             T, _ = self.tangent(x, G, W)
             U = (U.astype(dtype) + T.astype(dtype) * c.astype(dtype)[None]).astype(G.dtype)
@@ -427,10 +414,10 @@ class _Core:
         return U, new, new_outer, awaited, energy, jnp.sum(columns), finite
 
     def tangent(self, x, G, W):
-        if self.plan.tangent is None:
+        if self.setup.tangent is None:
             return G, None
         of = x.view.in_memory
-        T, kept = self.plan.tangent(of(G), of(W), x.view.sum_axis_in_memory)
+        T, kept = self.setup.tangent(of(G), of(W), x.view.sum_axis_in_memory)
         return of(T), kept
 
 

@@ -129,7 +129,7 @@ class Options:
         bits = self.state_bits
         return dict(bits) if isinstance(bits, Mapping) else {"bits": bits}
 
-    def weighs_columns(self, method: str, what: str) -> None:
+    def needs_whole_gradients(self, method: str, what: str) -> None:
         """Raises where a method that weighs columns of the gradient cannot do what is asked."""
         if self.accumulate != 1:
             raise ValueError(

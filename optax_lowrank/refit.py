@@ -21,10 +21,10 @@ from optax_lowrank.linalg import LinearOperator, matmul
 from optax_lowrank.refresh import positions
 from optax_lowrank.rules import Turn, wide
 from optax_lowrank.views import MatrixView
-from optax_lowrank.walls import AxisName, cond, loop, mean_over, when
+from optax_lowrank.walls import AxisName, cond, loop, mean_over, put, when
 
 
-class Plan(NamedTuple):
+class Setup(NamedTuple):
     """What the refits of a run have in common; hashable."""
 
     basis: Basis
@@ -74,10 +74,10 @@ class Refit(NamedTuple):
     energy: jax.Array  # (k,) float32, ‖G‖² where fitted
 
 
-def read_bases(plan: Plan, x: Matrix, stored: Any, layer: jax.Array, last_fit: jax.Array):
+def read_bases(setup: Setup, x: Matrix, stored: Any, layer: jax.Array, last_fit: jax.Array):
     """The bases (P, K) of one matrix of a leaf as they are used, zeros before the first fit; K is None on one side."""
-    key = _key(plan, last_fit, x.name, layer)
-    return _read(plan, x.view, x.rank, wide(x.gradient), stored, key, last_fit)
+    key = _key(setup, last_fit, x.name, layer)
+    return _read(setup, x.view, x.rank, wide(x.gradient), stored, key, last_fit)
 
 
 def hashed(path: str) -> jax.Array:
@@ -85,26 +85,26 @@ def hashed(path: str) -> jax.Array:
     return jnp.uint32(zlib.crc32(path.encode()))
 
 
-def _key(plan, count, name, layer):
-    key = jax.random.fold_in(jax.random.key(plan.seed), count)
+def _key(setup, count, name, layer):
+    key = jax.random.fold_in(jax.random.key(setup.seed), count)
     return jax.random.fold_in(jax.random.fold_in(key, name), layer)
 
 
-def _read(plan, view, r, dtype, stored, key, last_fit):
+def _read(setup, view, r, dtype, stored, key, last_fit):
     def read(stored, key, size):
-        P = plan.basis.read(stored, key, size, r, dtype)
-        if not plan.basis.implicit:
+        P = setup.basis.read(stored, key, size, r, dtype)
+        if not setup.basis.implicit:
             return P
         # made once, or XLA for TPUs would make it anew in each product; and nothing before the first fit
         return lax.optimization_barrier(jnp.where(last_fit >= 0, P, 0))
 
-    if not plan.two_sided:
+    if not setup.two_sided:
         return read(stored, key, view.m), None
     return read(stored.P, key, view.m), read(stored.K, jax.random.fold_in(key, 1), view.n)
 
 
 def refit(
-    plan: Plan,
+    setup: Setup,
     count: jax.Array,
     matrices: Mapping[str, Matrix],
     pending: jax.Array,
@@ -113,7 +113,7 @@ def refit(
     """Refits the matrices in `pending` whose gradient is finite and nonzero; the others keep their basis.
 
     Args:
-      plan: of the run.
+      setup: of the run.
       count: () int32, updates so far.
       matrices: by path.
       pending: (k,) bool.
@@ -129,7 +129,7 @@ def refit(
             [i for p in paths for i in range(places[p].start, places[p].stop)], jnp.int32
         )
         group = [matrices[path] for path in paths]
-        done = _refit_equal_shapes(plan, count, group, pending[index])
+        done = _refit_equal_shapes(setup, count, group, pending[index])
         stored |= dict(zip(paths, done.stored, strict=True))
         for path, place in positions({path: matrices[path].view.batch for path in paths}).items():
             turns[path] = jax.tree.map(lambda x, place=place: x[place], done.turn)
@@ -142,30 +142,29 @@ def refit(
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that a step outside jit compiles it once
-def _refit_equal_shapes(plan, count, matrices, pending) -> Refit:
+def _refit_equal_shapes(setup, count, matrices, pending) -> Refit:
     batches = [x.view.batch for x in matrices]
     leaf_of = jnp.array([leaf for leaf, b in enumerate(batches) for _ in range(b)], jnp.int32)
     layer_of = jnp.array([layer for b in batches for layer in range(b)], jnp.int32)
     name_of = jnp.stack([x.name for x in matrices])
     order = jnp.argsort(~pending)  # those that are due come first
     alike = matrices[0]
-    no_turn = _no_turn(plan, alike.rank, wide(alike.gradient))
+    no_turn = _no_turn(setup, alike.rank, wide(alike.gradient))
 
     def one(step, done):
         i = order[step]
         leaf, layer = leaf_of[i], layer_of[i]
-        gradient = functools.partial(_gradient, plan, matrices, leaf, layer)
-        recalled, old, last_fit = _load(plan, matrices, done.stored, leaf, layer)
-        keys = [_key(plan, at, name_of[leaf], layer) for at in (last_fit, count)]
+        gradient = _gradient(setup, matrices, leaf, layer)
+        recalled, old, last_fit = _load(setup, matrices, done.stored, leaf, layer)
+        keys = [_key(setup, at, name_of[leaf], layer) for at in (last_fit, count)]
         stored, turn, good, energy = _fit_one(
-            plan, alike, gradient, recalled, old, last_fit, count, keys, no_turn
+            setup, alike, gradient, recalled, old, last_fit, count, keys, no_turn
         )
-        put = lambda at: lambda x, y: lax.dynamic_update_index_in_dim(x, y, at, 0)
-        write = lambda of_leaf: jax.tree.map(put(layer), of_leaf, stored)
+        write = lambda of_leaf: put(of_leaf, layer, stored)
         return Refit(
             # one leaf is written, the others are not even read
             tuple(when(good & (leaf == j), write, x) for j, x in enumerate(done.stored)),
-            *jax.tree.map(put(i), done[1:], (turn, good, energy)),
+            *put(done[1:], i, (turn, good, energy)),
         )
 
     k = len(leaf_of)
@@ -175,10 +174,10 @@ def _refit_equal_shapes(plan, count, matrices, pending) -> Refit:
     return loop(jnp.sum(pending, dtype=jnp.int32), one, start)
 
 
-def _no_turn(plan, r, dtype) -> Turn | None:
-    if not plan.turns:
+def _no_turn(setup, r, dtype) -> Turn | None:
+    if not setup.turns:
         return None
-    return Turn(jnp.zeros((r, r), dtype), jnp.zeros((r, r), dtype) if plan.two_sided else None)
+    return Turn(jnp.zeros((r, r), dtype), jnp.zeros((r, r), dtype) if setup.two_sided else None)
 
 
 def _pick(leaf, branches, *operands):
@@ -186,14 +185,14 @@ def _pick(leaf, branches, *operands):
     return lax.switch(leaf, branches, *operands) if len(branches) > 1 else branches[0](*operands)
 
 
-def _load(plan, matrices, stored, leaf, layer):
+def _load(setup, matrices, stored, leaf, layer):
     """Of one matrix what its rule recalls, its basis, its last fit."""
 
     def of(x, stored):
         def read():
             at, recalled = lambda a: a[layer], None
-            if plan.recall:
-                recalled = plan.recall(jax.tree.map(at, x.leaf.rule)).astype(wide(x.gradient))
+            if setup.recall:
+                recalled = setup.recall(jax.tree.map(at, x.leaf.rule)).astype(wide(x.gradient))
             return recalled, jax.tree.map(at, stored), x.last_fit[layer]
 
         return read
@@ -201,8 +200,8 @@ def _load(plan, matrices, stored, leaf, layer):
     return _pick(leaf, [of(x, old) for x, old in zip(matrices, stored, strict=True)])
 
 
-def _gradient(plan, matrices, leaf, layer, scale):
-    """One matrix's gradient, or the geometry's, divided by `scale`: `apply(f, *operands)` is f(G, *operands).
+def _gradient(setup, matrices, leaf, layer):
+    """One matrix's gradient, or the geometry's: what is returned, `apply(f, *operands)`, is f(G, *operands).
 
     Of leaves of one shape, which a mesh may hold in different ways, only what f makes of a matrix travels; and so it is
     of gradients that differ by device: products are averaged, of ‖G‖² and the largest entry a bound.
@@ -211,9 +210,9 @@ def _gradient(plan, matrices, leaf, layer, scale):
     def of(x):
         def load():
             G = x.view.matrix(x.gradient, layer)
-            if plan.tangent:
-                G, _ = plan.tangent(G, x.view.matrix(x.weight, layer), x.view.sum_axis)
-            return G.astype(wide(G)) / scale
+            if setup.tangent:
+                G, _ = setup.tangent(G, x.view.matrix(x.weight, layer), x.view.sum_axis)
+            return G.astype(wide(G))
 
         return load
 
@@ -221,48 +220,53 @@ def _gradient(plan, matrices, leaf, layer, scale):
 
     def apply(f, *operands):
         branches = [lambda *y, load=load: f(load(), *y) for load in loads]
-        return mean_over(plan.axis_name, _pick(leaf, branches, *operands))
+        return mean_over(setup.axis_name, _pick(leaf, branches, *operands))
 
     return apply
 
 
-def _operator(apply, shape, dtype) -> LinearOperator:
+def _divided(apply, scale, shape, dtype) -> LinearOperator:
+    # in products the thin factor is divided: no copy of G, and XLA for TPUs sees that a bfloat16 one takes half the
+    # passes
     return LinearOperator(
         shape,
         dtype,
-        lambda X: apply(matmul, X),
-        lambda Y: apply(lambda G, Y: matmul(G.T, Y), Y),
-        lambda: apply(lambda G: jnp.sum(jnp.square(G))),
-        lambda: apply(lambda G: G),
+        lambda X: apply(matmul, X / scale),
+        lambda Y: apply(lambda G, Y: matmul(G.T, Y), Y / scale),
+        lambda: apply(lambda G: jnp.sum(jnp.square(G / scale))),
+        lambda: apply(lambda G: G / scale),
     )
 
 
-def _fit_one(plan, x, gradient, recalled, old, last_fit, count, keys, no_turn):
+def _fit_one(setup, x, gradient, recalled, old, last_fit, count, keys, no_turn):
     """(stored, turn, good, ‖G‖²) of one matrix; not good if the gradient is unusable or the basis is none."""
     view, r, dtype = x.view, x.rank, wide(x.gradient)
     old_key, key = keys
-    read = functools.partial(_read, plan, view, r, dtype)
+    read = functools.partial(_read, setup, view, r, dtype)
     P, K = read(old, old_key, last_fit)
-    largest = gradient(1)(lambda G: jnp.max(jnp.abs(G)))
+    largest = gradient(lambda G: jnp.max(jnp.abs(G)))
     if recalled is not None:
         recalled = recalled if K is None else matmul(recalled, K.T)
         largest = jnp.maximum(largest, jnp.max(jnp.abs(recalled)))
     usable = jnp.isfinite(largest) & (largest > jnp.finfo(dtype).tiny)
 
     def fit():
-        unit = _operator(gradient(largest), (view.m, view.n), dtype)
-        energy = (unit.energy() * largest**2).astype(jnp.float32)
+        scale = jnp.clip(
+            largest, 1e-30, 1e30
+        )  # what is divided by it is neither lost nor overflows
+        unit = _divided(gradient, scale, (view.m, view.n), dtype)
+        energy = (unit.energy() * scale**2).astype(jnp.float32)
         if recalled is not None:
-            unit = unit.plus(P, recalled / largest)
-        new, good = plan.basis.refit(key, unit, P)
-        if plan.two_sided:
-            R_T = unit.T @ plan.basis.read(new, key, view.m, r, dtype)
-            other, good_K = plan.basis.refit(jax.random.fold_in(key, 1), R_T, K)
+            unit = unit.plus(P, recalled / scale)
+        new, good = setup.basis.refit(key, unit, P)
+        if setup.two_sided:
+            R_T = unit.T @ setup.basis.read(new, key, view.m, r, dtype)
+            other, good_K = setup.basis.refit(jax.random.fold_in(key, 1), R_T, K)
             new, good = TwoSided(new, other), good & good_K
         return new, turn(new), good, jnp.where(good, energy, 0)
 
     def turn(new):
-        if not plan.turns:
+        if not setup.turns:
             return None
         P_new, K_new = read(new, key, count)
         return Turn(matmul(P_new.T, P), None if K is None else matmul(K_new.T, K))

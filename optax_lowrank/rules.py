@@ -5,9 +5,9 @@ A rule knows no batch axis, no path and no other matrix: `low_rank` maps it over
 
 import dataclasses
 import inspect
-import math
 import zlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -111,24 +111,6 @@ def as_rule(x: Rule | optax.GradientTransformation) -> Rule:
     return lifted(x)
 
 
-@dataclasses.dataclass(frozen=True)
-class OnlyShape:
-    """What a transformation inside `low_rank` gets for `params`: arithmetic fails at once, where a struct is traced."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of entries."""
-        return math.prod(self.shape)
-
-
 def lifted(tx: optax.GradientTransformation) -> Rule:
     """The rule A = tx(R) of an Optax transformation; a change of basis leaves its state alone.
 
@@ -144,7 +126,9 @@ def lifted(tx: optax.GradientTransformation) -> Rule:
 
     def step(R, columns, state, *, params=None, count=None, size=None, finite=None, **extra):
         del columns, count, size, finite
-        params = OnlyShape(R.shape, R.dtype) if params is None else params
+        # arithmetic with it fails at once, where a `jax.ShapeDtypeStruct` would be traced
+        shape = SimpleNamespace(shape=R.shape, dtype=R.dtype, ndim=R.ndim, size=R.size)
+        params = shape if params is None else params
         A, state = update(R, state, params, **extra)
         return A, None, state
 

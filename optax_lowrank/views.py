@@ -198,15 +198,10 @@ class MatrixView:
         shape = tuple(shape)
         reduction, output = sides_of(axes, shape, f"a leaf of shape {shape}")
         excess = _size(shape, output) - _size(shape, reduction)
-        match side:
-            case "short" | "both":
-                reduction_first = excess >= 0
-            case "long":
-                reduction_first = excess <= 0
-            case "reduction":
-                reduction_first = True
-            case _:
-                raise ValueError(f"side={side!r} must be 'short', 'long', 'reduction' or 'both'.")
+        first = {"short": excess >= 0, "both": excess >= 0, "long": excess <= 0, "reduction": True}
+        if side not in first:
+            raise ValueError(f"side={side!r} must be one of {', '.join(map(repr, first))}.")
+        reduction_first = first[side]
         batch = tuple(a for a in range(len(shape)) if a not in reduction + output)
         first, second = (reduction, output) if reduction_first else (output, reduction)
         return cls(shape, batch, first, second, reduction_first)

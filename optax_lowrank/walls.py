@@ -101,6 +101,16 @@ def cond(pred: Any, true: Callable[..., Any], false: Callable[..., Any], *operan
     return lax.cond(pred, true, false, *operands)
 
 
+def taken(stack: Any, i: Any) -> Any:
+    """Entry i of every array of a stack."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
+
+
+def put(stack: Any, i: Any, one: Any) -> Any:
+    """The stack with its entry i replaced, in a loop in place."""
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), stack, one)
+
+
 def _in_shard_map():
     return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
 

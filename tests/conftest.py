@@ -34,9 +34,6 @@ hypothesis.settings.load_profile("repeatable")
 # Tracing makes many small objects that stay; to look through all of them often is a tenth of the suite's time.
 gc.set_threshold(100_000, 50, 100)
 
-# An operation's whole stack of calls, and pytest's are deep, would be written into each program.
-jax.config.update("jax_traceback_in_locations_limit", 0)
-
 _MAPS = Path("/proc/self/maps")
 _tests_run = 0
 

@@ -115,7 +115,7 @@ def test_matrices_are_split_over_both_axes_and_their_state_with_them():
 
 @pytest.mark.parametrize(
     ("mesh", "more"),
-    [("model=2", ["--layerwise", "--accumulate=2"]), ("data=4", ["--optimizer=adamw"])],
+    [("model=2", ["--layerwise"]), ("data=4", ["--optimizer=adamw"])],
     ids=["layerwise", "adamw"],
 )
 def test_a_mesh_has_the_losses_of_one_device(mesh, more, arguments, tmp_path):

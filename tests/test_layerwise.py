@@ -195,7 +195,7 @@ def test_rounding_leaves_other_dtypes_to_optax():
 
 def test_saves_most_of_the_gradients():
     # Wide enough that the stack's gradients are most of what the step holds beside parameters and state.
-    config = llama.LlamaConfig(hidden=256, ffn=256, layers=4, heads=2, vocab=64)
+    config = llama.LlamaConfig(hidden=256, ffn=256, layers=6, heads=2, vocab=64)
     galore = ol.galore(1e-3, rank=32, fit=ol.gaussian())
     tx = optax.chain(optax.clip_by_global_norm(1.0), galore)  # needs all gradients of what it sees
 

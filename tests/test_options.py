@@ -62,7 +62,7 @@ OWN = {
         "rotate_moments": True,
     },
     ol.gradnormlorp: {"two_sided": True, "basis_bits": None},
-    ol.apollo: {"per": "column", "limit": 1.01},
+    ol.apollo: {"per": "column", "limit": 1.01, "fit": ol.seeded()},
     ol.low_rank_muon: {
         "beta": 0.95,
         "nesterov": True,
@@ -70,6 +70,7 @@ OWN = {
         "consistent_rms": None,
         "update_proj_gap": 20,
         "side": "long",
+        "fit": ol.seeded(),
     },
 }
 LACKS = {ol.low_rank_muon: {"scale"}}

@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
+import optax_lowrank as ol
+
 FOLDER = Path(__file__).parents[1] / "examples" / "recipes"
 sys.path.insert(0, str(FOLDER))
 
@@ -19,7 +21,9 @@ def test_every_recipe_has_a_test():
 
 
 @pytest.mark.parametrize("name", INSTALLED)
-def test_recipe(name):
+def test_recipe(name, monkeypatch):
+    # where a page names no fit; the exact one compiles soonest
+    monkeypatch.setitem(ol.low_rank.__globals__, "randomized_svd", ol.svd)
     importlib.import_module(name).main()
 
 

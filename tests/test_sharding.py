@@ -81,6 +81,7 @@ def gathered(tree):
     return jax.tree.map(np.asarray, tree)
 
 
+@pytest.mark.parametrize("mesh", [AxisType.Auto], ids=str, indirect=True)
 def test_updates_are_those_of_one_device(on_one_device, mesh):
     shardings = {name: NamedSharding(mesh, spec) for name, spec in OTHER_SIDE.items()}
     params, grads = jax.device_put(PARAMS, shardings), [jax.device_put(g, shardings) for g in GRADS]

@@ -89,7 +89,7 @@ def apollo(
     if per not in get_args(Per):
         raise ValueError(f'`per` must be "column" or "matrix", got {per!r}.')
     options = Options(**options)
-    options.weighs_columns("apollo", "its update")
+    options.needs_whole_gradients("apollo", "its update")
     checks.number("limit", limit, 1)
     rule = channel_scaling(options.moments(), per, options.scale, limit)
     return options.optimizer(learning_rate, options.projected(rule))

@@ -90,7 +90,7 @@ def fira(
       The bound on φ_j where the basis hardly holds a column is ours.
     """
     options = Options(**options)
-    options.weighs_columns("fira", "its residual")
+    options.needs_whole_gradients("fira", "its residual")
     checks.number("limit", limit, 1)
     checks.number("residual_scale", residual_scale, 0)
     rule = with_residual(options.moments(), options.scale, limit, residual_scale)

@@ -182,7 +182,7 @@ def low_rank_muon(
     Reference: Jordan et al., Muon, 2024; the low-rank momentum is ours, see `low_rank_momentum`.
     """
     options = Options(**options)
-    options.weighs_columns("low_rank_muon", "the orthogonalisation")
+    options.needs_whole_gradients("low_rank_muon", "the orthogonalisation")
     checks.number("beta", beta, 0, below=1)
     checks.integer("ns_steps", ns_steps, 1)
     if consistent_rms is not None:

@@ -106,10 +106,13 @@ class _Fisher:
         return self.dtype is not None and jnp.issubdtype(self.dtype, jnp.integer)
 
     def encode(self, g, dtype):
-        return (_to_codes if self.in_codes else _to_float)(g, dtype)
+        if not self.in_codes:
+            return g.astype(dtype), None
+        unit = jnp.max(jnp.abs(g), axis=-1, keepdims=True) / 127
+        return jnp.round(g / jnp.where(unit > 0, unit, 1)).astype(dtype), unit  # a zero row: code 0
 
     def decode(self, stored, unit):
-        return (_from_codes if self.in_codes else _from_float)(stored, unit)
+        return stored.astype(wide(stored)) if unit is None else stored.astype(unit.dtype) * unit
 
     def init(self, R):
         if self.in_codes and R.ndim == 0:
@@ -169,24 +172,6 @@ def _weights(gram, slot, damping, relative):
     lam = jnp.maximum(damping * mean if relative else damping, 8 * jnp.finfo(gram.dtype).eps * mean)
     lam = jnp.where(lam > 0, lam, 1)  # nothing stored: the result is 0 whatever λ
     return push_through_weights(gram, jax.nn.one_hot(slot, s, dtype=gram.dtype), lam)
-
-
-def _to_float(g, dtype):
-    return g.astype(dtype), None
-
-
-def _from_float(stored, unit):
-    del unit
-    return stored.astype(wide(stored))
-
-
-def _to_codes(g, dtype):
-    unit = jnp.max(jnp.abs(g), axis=-1, keepdims=True) / 127
-    return jnp.round(g / jnp.where(unit > 0, unit, 1)).astype(dtype), unit  # a zero row has code 0
-
-
-def _from_codes(stored, unit):
-    return stored.astype(unit.dtype) * unit
 
 
 @alias()
