@@ -90,9 +90,9 @@ def scale_by_rotated_adam(
             V_new = turn.squared(V)
         else:
             # at first M = 0
-            m = M / jnp.where(state.count > 0, _correction(b1, state.count, V.dtype), 1)
+            age = jnp.where(state.count > 0, _correction(b1, state.count, V.dtype), 1)
             v = V / jnp.where(w > 0, w, 1)  # a row of no mass has V = 0
-            v_new = jnp.abs(turn.squared(v - m**2) + turn(m) ** 2)
+            v_new = jnp.abs(turn.squared(v - (M / age) ** 2) + (M_new / age) ** 2)
             V_new = w_new / jnp.where(known, coverage, 1) * v_new
         M, V, w = (jnp.where(known, x, 0) for x in (M_new, V_new, w_new))
         return state._replace(mu=M.astype(state.mu.dtype), nu=V, mass=w)

@@ -79,14 +79,14 @@ def when(pred: Any, update: Callable[[Any], Any], x: Any) -> Any:
     return lax.while_loop(lambda state: state[0], turn, state)[1]
 
 
-def loop(turns: jax.Array, body: Callable[[jax.Array, Any], Any], x: Any) -> Any:
+def loop(turns: jax.Array | int, body: Callable[[jax.Array, Any], Any], x: Any) -> Any:
     """`lax.fori_loop` from 0 to `turns`, whose arrays are updated in place; a plain one outside jit."""
-    if not isinstance(turns, jax.core.Tracer):
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((turns, x))):
         for turn in range(int(turns)):
             x = body(turn, x)
         return x
     if _in_shard_map():
-        varying = _axes((jax.eval_shape(body, turns, x), x))
+        varying = _axes((jax.eval_shape(body, jnp.int32(0), x), turns, x))
         x, body = _vary(x, varying), _varying(body, varying)
     return lax.fori_loop(jnp.int32(0), turns, body, x)
 

@@ -19,7 +19,7 @@ from optax_lowrank import checks
 from optax_lowrank.linalg import push_through_weights
 from optax_lowrank.options import Options, alias
 from optax_lowrank.rules import OfRule, Rule, Turn, chained, of_rule, wide
-from optax_lowrank.walls import when
+from optax_lowrank.walls import loop, put, taken, when
 
 
 class WoodburyFisherState(NamedTuple):
@@ -130,10 +130,20 @@ class _Fisher:
     def turn(self, state, turn: Turn):
         if self.on_refresh == "clear":
             return jax.tree.map(jnp.zeros_like, state)
-        rotate = lambda *stored: self.encode(turn(self.decode(*stored)), state.history.dtype)
-        stored = jax.vmap(rotate)(state.history, state.row_scale)
+
+        # one stored gradient after the other, as XLA for TPUs takes ten times as long to compile products of stacks
+        def rotate(i, stored):
+            return put(
+                stored, i, self.encode(turn(self.decode(*taken(stored, i))), stored[0].dtype)
+            )
+
+        def products(i, gram):
+            row = _inner(H, self.decode(*taken(stored, i))[None])[:, 0]
+            return put(gram, i, row.astype(gram.dtype))
+
+        stored = loop(self.history, rotate, (state.history, state.row_scale))
         H = self.decode(*stored)
-        return WoodburyFisherState(*stored, _inner(H, H).astype(state.gram.dtype))
+        return WoodburyFisherState(*stored, loop(self.history, products, state.gram))
 
     def step(self, R, columns, state, *, count, finite=True, **extra):
         del columns, extra
