@@ -226,8 +226,8 @@ def _gradient(setup, matrices, leaf, layer):
 
 
 def _divided(apply, scale, shape, dtype) -> LinearOperator:
-    # in products the thin factor is divided: no copy of G, and XLA for TPUs sees that a bfloat16 one takes half the
-    # passes
+    # in products the thin factor is divided: no copy of G, and XLA for TPUs makes half the program where it sees that a
+    # float32 G was bfloat16
     return LinearOperator(
         shape,
         dtype,
