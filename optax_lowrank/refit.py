@@ -251,9 +251,8 @@ def _fit_one(setup, x, gradient, recalled, old, last_fit, count, keys, no_turn):
     usable = jnp.isfinite(largest) & (largest > jnp.finfo(dtype).tiny)
 
     def fit():
-        scale = jnp.clip(
-            largest, 1e-30, 1e30
-        )  # what is divided by it is neither lost nor overflows
+        least = float(jnp.finfo(dtype).tiny) ** 0.8  # what is divided by it does not overflow
+        scale = jnp.clip(largest, least, 1 / least)
         unit = _divided(gradient, scale, (view.m, view.n), dtype)
         energy = (unit.energy() * scale**2).astype(jnp.float32)
         if recalled is not None:

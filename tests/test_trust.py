@@ -271,6 +271,15 @@ def test_gradients_of_any_size(row, dtype):
             assert not jnp.any(step(params, state, huge)[2]["vector"])
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e15])
+def test_wide_gradients_of_any_size(size):
+    with jax.enable_x64(True):
+        tx = ol.low_rank(optax.identity(), rank=4, fit=ol.randomized_svd())
+        grads = {"w": size * jnp.outer(jnp.arange(1.0, 13), jnp.arange(1.0, 21))}
+        update, _ = jax.jit(tx.update)(grads, tx.init(grads))
+        np.testing.assert_allclose(update["w"] / size, grads["w"] / size, rtol=1e-9)
+
+
 def test_wide_numbers_by_default():
     """`jax_enable_x64`: codes and coded bases of float32 and of float64 parameters."""
     with jax.enable_x64(True):
