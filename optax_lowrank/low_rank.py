@@ -366,11 +366,8 @@ class _Core:
         R = R if K is None else jnp.matmul(R, K)
         R, kept = mean_over(self.setup.axis_name, (R, kept))
         if K is not None:
-            # the numbers of a DCT's columns are exact, codes are not
-            exact = {x.dtype for x in (G, *jax.tree.leaves(stored))} <= {
-                R.dtype,
-                jnp.dtype("int32"),
-            }
+            dtypes = {x.dtype for x in (G, *jax.tree.leaves(stored))}
+            exact = dtypes <= {R.dtype, jnp.dtype("int32")}  # the numbers of a DCT's columns
             R = jnp.where(fitted, _without_round_off(R, 1e-5 if exact else 2**-6), R)
         columns = jnp.sum(jnp.square(G.astype(R.dtype)), axis=0).astype(jnp.float32)
         columns = mean_over(self.setup.axis_name, columns)

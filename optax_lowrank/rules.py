@@ -42,7 +42,8 @@ class Turn(NamedTuple):
 
 def _turned(Q, K, x):
     x = matmul(Q, x.astype(Q.dtype))
-    return x if K is None else matmul(x, K.mT)
+    has_columns = K is not None and x.shape[-1] == K.shape[-1]
+    return matmul(x, K.mT) if has_columns else x
 
 
 def unturned(state: Any, turn: Turn) -> Any:
