@@ -167,7 +167,7 @@ def test_sizes_and_sides_that_make_no_view():
     with pytest.raises(ValueError, match="size 0"):
         MatrixView.of((0, 3), MatrixAxes(0, 1))
     with pytest.raises(
-        ValueError, match="side='left' must be 'short', 'long', 'reduction' or 'both'"
+        ValueError, match="side='left' must be one of 'short', 'both', 'long', 'reduction'"
     ):
         MatrixView.of((2, 3), MatrixAxes(0, 1), "left")
 
