@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowrank.walls import put, taken
+from optax_lowrank.walls import entry, put
 
 
 class LayerwiseStep(NamedTuple):
@@ -103,15 +103,15 @@ def layerwise_step(
         stacks, updated, x_grad = carry
         i = count - 1 - step
         stacks = put(stacks, i + 1, updated)
-        layer, layer_state = taken(stacks, i)
-        _, pull = jax.vjp(block, layer, taken(inputs, i))
+        layer, layer_state = entry(stacks, i)
+        _, pull = jax.vjp(block, layer, entry(inputs, i))
         grads, x_grad = pull(x_grad)
         updates, layer_state = tx.update(grads, layer_state, layer)
         return stacks, (apply(layer, updates, i), layer_state), x_grad
 
     # The first turn writes to the index `count`, which JAX clamps: the last layer, as it is.
     stacks = (layers, state)
-    carry = (stacks, taken(stacks, count - 1), x_grad)
+    carry = (stacks, entry(stacks, count - 1), x_grad)
     stacks, updated, x_grad = jax.lax.fori_loop(0, count, backward, carry)
     layers, state = put(stacks, 0, updated)
     return LayerwiseStep(loss, layers, state, head_grads, x_grad)

@@ -44,7 +44,7 @@ from optax_lowrank.refresh import (
 )
 from optax_lowrank.rules import Asked, Rule, as_rule, put_back, repeated, unturned, wide
 from optax_lowrank.views import flatten_by_path
-from optax_lowrank.walls import AxisName, after, loop, mean_over, put, taken, vary_alike
+from optax_lowrank.walls import AxisName, after, entry, loop, mean_over, put, vary_alike
 
 Side = Literal["short", "long", "both"]
 
@@ -350,7 +350,7 @@ class _Core:
 
         def one(step, state):
             i = order[step]
-            return put(state, i, self.rule.turn(taken(state, i), taken(turn, i)))
+            return put(state, i, self.rule.turn(entry(state, i), entry(turn, i)))
 
         return loop(jnp.sum(fitted, dtype=jnp.int32), one, state)
 

@@ -21,7 +21,7 @@ from optax_lowrank.linalg import LinearOperator, matmul
 from optax_lowrank.refresh import positions
 from optax_lowrank.rules import Turn, wide
 from optax_lowrank.views import MatrixView
-from optax_lowrank.walls import AxisName, cond, loop, mean_over, put, when
+from optax_lowrank.walls import AxisName, cond, entry, loop, mean_over, put, when
 
 
 class Setup(NamedTuple):
@@ -190,10 +190,10 @@ def _load(setup, matrices, stored, leaf, layer):
 
     def of(x, stored):
         def read():
-            at, recalled = lambda a: a[layer], None
+            recalled = None
             if setup.recall:
-                recalled = setup.recall(jax.tree.map(at, x.leaf.rule)).astype(wide(x.gradient))
-            return recalled, jax.tree.map(at, stored), x.last_fit[layer]
+                recalled = setup.recall(entry(x.leaf.rule, layer)).astype(wide(x.gradient))
+            return recalled, entry(stored, layer), x.last_fit[layer]
 
         return read
 
@@ -251,7 +251,9 @@ def _fit_one(setup, x, gradient, recalled, old, last_fit, count, keys, no_turn):
     usable = jnp.isfinite(largest) & (largest > jnp.finfo(dtype).tiny)
 
     def fit():
-        least = float(jnp.finfo(dtype).tiny) ** 0.8  # what is divided by it does not overflow
+        least = (
+            float(jnp.finfo(dtype).tiny) ** 0.8
+        )  # 1 / least is finite, with room for the products
         scale = jnp.clip(largest, least, 1 / least)
         unit = _divided(gradient, scale, (view.m, view.n), dtype)
         energy = (unit.energy() * scale**2).astype(jnp.float32)

@@ -23,9 +23,7 @@ class LeafDiagnostics(NamedTuple):
     rank: jax.Array  # int32, active columns of the basis; -1 where nothing of it is stored
     captured_energy: jax.Array  # float32, ‖PᵀG‖² / ‖G‖² at the last refit
     steps_since_refresh: jax.Array  # int32, -1 where there is no basis yet
-    skips: (
-        jax.Array
-    )  # int32, steps with a gradient that was not finite or no use for a refit that was due
+    skips: jax.Array  # int32, steps whose gradient was not finite, or no use for a due refit
 
 
 class Diagnostics(Tabular, dict[str, LeafDiagnostics]):

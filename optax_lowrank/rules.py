@@ -345,9 +345,7 @@ class CodedState(NamedTuple):
     """State of `in_codes`."""
 
     inner: Any  # of the rule, large float arrays as uint8 codes
-    block_scale: dict[
-        str, jax.Array
-    ]  # (..., blocks) float32 by path in `inner` of what is in codes
+    block_scale: dict[str, jax.Array]  # (..., blocks) float32 by path in `inner`
     count: jax.Array | None  # () int32, updates so far; only where rounding is stochastic
 
 

@@ -198,10 +198,10 @@ class MatrixView:
         shape = tuple(shape)
         reduction, output = sides_of(axes, shape, f"a leaf of shape {shape}")
         excess = _size(shape, output) - _size(shape, reduction)
-        first = {"short": excess >= 0, "both": excess >= 0, "long": excess <= 0, "reduction": True}
-        if side not in first:
-            raise ValueError(f"side={side!r} must be one of {', '.join(map(repr, first))}.")
-        reduction_first = first[side]
+        sides = {"short": excess >= 0, "both": excess >= 0, "long": excess <= 0, "reduction": True}
+        if side not in sides:
+            raise ValueError(f"side={side!r} must be one of {', '.join(map(repr, sides))}.")
+        reduction_first = sides[side]
         batch = tuple(a for a in range(len(shape)) if a not in reduction + output)
         first, second = (reduction, output) if reduction_first else (output, reduction)
         return cls(shape, batch, first, second, reduction_first)

@@ -101,7 +101,7 @@ def cond(pred: Any, true: Callable[..., Any], false: Callable[..., Any], *operan
     return lax.cond(pred, true, false, *operands)
 
 
-def taken(stack: Any, i: Any) -> Any:
+def entry(stack: Any, i: Any) -> Any:
     """Entry i of every array of a stack."""
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
 

@@ -232,7 +232,7 @@ def test_nnx_model_is_unchanged():
 
 
 @pytest.mark.parametrize("name", ["galore", "natural_galore", "gradnormlorp", "low_rank_muon"])
-def test_every_optimizer_trains_an_adapter(name):
+def test_optimizers_train_an_adapter(name):
     """Factors of rank 4 projected to 2 on the long side; I has no gradient before J moves, and no basis till then."""
     W0, target = normal(8, 8), normal(8, 8, seed=1)  # square: both factors compile as one shape
     adapter = ol.adapters.init({"kernel": W0}, rank=4)

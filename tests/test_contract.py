@@ -1,4 +1,4 @@
-"""What Optax, Flax and Orbax expect of an optimizer, for every row of `helpers.OPTIMIZERS`."""
+"""What Optax, Flax and Orbax expect of an optimizer: the rows of `helpers.OPTIMIZERS`."""
 
 import functools
 

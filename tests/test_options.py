@@ -62,7 +62,7 @@ OWN = {
         "rotate_moments": True,
     },
     ol.gradnormlorp: {"two_sided": True, "basis_bits": None},
-    ol.apollo: {"per": "column", "limit": 1.01, "fit": ol.seeded()},
+    ol.apollo: {"per": "column", "limit": 1.01},
     ol.low_rank_muon: {
         "beta": 0.95,
         "nesterov": True,
@@ -70,7 +70,6 @@ OWN = {
         "consistent_rms": None,
         "update_proj_gap": 20,
         "side": "long",
-        "fit": ol.seeded(),
     },
 }
 LACKS = {ol.low_rank_muon: {"scale"}}
@@ -96,6 +95,14 @@ def test_help_explains_every_argument_and_no_other(make):
     names = [name.strip() for head in heads for name in head.split(":")[0].split(",")]
     assert sorted(names) == sorted(inspect.signature(make).parameters)
     assert inspect.signature(ol.inject_hyperparams(make)) == inspect.signature(make)
+
+
+@pytest.mark.parametrize("make", [ol.apollo, ol.low_rank_muon])
+def test_no_fit_is_the_optimizers_own(make):
+    """As what hands on an option that was not given has it: `fit=None`."""
+    params = {"kernel": jax.ShapeDtypeStruct((64, 96), jnp.float32)}
+    arrays = lambda **options: ol.memory_report(make(0.1, rank=8, **options), params).arrays
+    assert arrays() == arrays(fit=None) == arrays(fit=ol.seeded()) < arrays(fit=ol.svd())
 
 
 def test_order_of_galore_is_that_of_contrib():

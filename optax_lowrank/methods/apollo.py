@@ -8,6 +8,7 @@ Zhu et al., arXiv:2412.05270, Algorithm 1, column j of n:
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, get_args
 
 import jax
@@ -50,7 +51,7 @@ def channel_scaling(
     return around(moments, step)
 
 
-@alias(fit=seeded())
+@alias()
 def apollo(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -89,6 +90,7 @@ def apollo(
     if per not in get_args(Per):
         raise ValueError(f'`per` must be "column" or "matrix", got {per!r}.')
     options = Options(**options)
+    options = dataclasses.replace(options, fit=options.fit or seeded())
     options.needs_whole_gradients("apollo", "its update")
     checks.number("limit", limit, 1)
     rule = channel_scaling(options.moments(), per, options.scale, limit)

@@ -13,6 +13,7 @@ strong ones, and it is the weak ones that need the mean over steps. The leading 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -141,7 +142,7 @@ def orthogonalize(
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-@alias(without=("scale",), update_proj_gap=20, side="long", fit=seeded())
+@alias(without=("scale",), update_proj_gap=20, side="long")
 def low_rank_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -182,6 +183,7 @@ def low_rank_muon(
     Reference: Jordan et al., Muon, 2024; the low-rank momentum is ours, see `low_rank_momentum`.
     """
     options = Options(**options)
+    options = dataclasses.replace(options, fit=options.fit or seeded())
     options.needs_whole_gradients("low_rank_muon", "the orthogonalisation")
     checks.number("beta", beta, 0, below=1)
     checks.integer("ns_steps", ns_steps, 1)

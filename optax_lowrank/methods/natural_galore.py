@@ -19,7 +19,7 @@ from optax_lowrank import checks
 from optax_lowrank.linalg import push_through_weights
 from optax_lowrank.options import Options, alias
 from optax_lowrank.rules import OfRule, Rule, Turn, chained, of_rule, wide
-from optax_lowrank.walls import loop, put, taken, when
+from optax_lowrank.walls import entry, loop, put, when
 
 
 class WoodburyFisherState(NamedTuple):
@@ -133,12 +133,11 @@ class _Fisher:
 
         # one stored gradient after the other, as XLA for TPUs takes ten times as long to compile products of stacks
         def rotate(i, stored):
-            return put(
-                stored, i, self.encode(turn(self.decode(*taken(stored, i))), stored[0].dtype)
-            )
+            g = turn(self.decode(*entry(stored, i)))
+            return put(stored, i, self.encode(g, state.history.dtype))
 
         def products(i, gram):
-            row = _inner(H, self.decode(*taken(stored, i))[None])[:, 0]
+            row = _inner(H, self.decode(*entry(stored, i))[None])[:, 0]
             return put(gram, i, row.astype(gram.dtype))
 
         stored = loop(self.history, rotate, (state.history, state.row_scale))
