@@ -44,7 +44,7 @@ from optax_lowrank.refresh import (
 )
 from optax_lowrank.rules import Asked, Rule, as_rule, put_back, repeated, unturned, wide
 from optax_lowrank.views import flatten_by_path
-from optax_lowrank.walls import AxisName, after, entry, loop, mean_over, put, vary_alike
+from optax_lowrank.walls import AxisName, after, entry, for_each, mean_over, put, vary_alike
 
 Side = Literal["short", "long", "both"]
 
@@ -346,13 +346,8 @@ class _Core:
         """The state of a leaf's rule in the coordinates of the new bases, turned in place matrix by matrix."""
         if not self.setup.turns:
             return state
-        order = jnp.argsort(~fitted)  # the new ones come first
-
-        def one(step, state):
-            i = order[step]
-            return put(state, i, self.rule.turn(entry(state, i), entry(turn, i)))
-
-        return loop(jnp.sum(fitted, dtype=jnp.int32), one, state)
+        one = lambda i, state: put(state, i, self.rule.turn(entry(state, i), entry(turn, i)))
+        return for_each(fitted, one, state)
 
     # ---------------------------------------------------------------------------------------------------- one matrix
 

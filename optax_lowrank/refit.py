@@ -21,7 +21,7 @@ from optax_lowrank.linalg import LinearOperator, matmul
 from optax_lowrank.refresh import positions
 from optax_lowrank.rules import Turn, wide
 from optax_lowrank.views import MatrixView
-from optax_lowrank.walls import AxisName, cond, entry, loop, mean_over, put, when
+from optax_lowrank.walls import AxisName, cond, entry, for_each, mean_over, put, when
 
 
 class Setup(NamedTuple):
@@ -123,22 +123,18 @@ def refit(
     for path in places:
         x = matrices[path]
         groups[x.view.m, x.view.n, x.rank, x.gradient.dtype].append(path)
-    stored, turns, fitted, energy, order = {}, {}, [], [], []
+    stored, turns, fitted, energy = {}, {}, {}, {}
     for paths in groups.values():
-        index = jnp.array(
-            [i for p in paths for i in range(places[p].start, places[p].stop)], jnp.int32
-        )
         group = [matrices[path] for path in paths]
-        done = _refit_equal_shapes(setup, count, group, pending[index])
+        due = jnp.concatenate([pending[places[path]] for path in paths])
+        done = _refit_equal_shapes(setup, count, group, due)
         stored |= dict(zip(paths, done.stored, strict=True))
         for path, place in positions({path: matrices[path].view.batch for path in paths}).items():
-            turns[path] = jax.tree.map(lambda x, place=place: x[place], done.turn)
-        fitted.append(done.fitted)
-        energy.append(done.energy)
-        order.append(index)
-    in_place = jnp.argsort(jnp.concatenate(order))
-    fitted, energy = (jnp.concatenate(x)[in_place] for x in (fitted, energy))
-    return Refit(stored, turns, fitted, energy)
+            turns[path], fitted[path], energy[path] = jax.tree.map(
+                lambda x, place=place: x[place], done[1:]
+            )
+    in_place = lambda by_path: jnp.concatenate([by_path[path] for path in places])
+    return Refit(stored, turns, in_place(fitted), in_place(energy))
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that a step outside jit compiles it once
@@ -147,12 +143,10 @@ def _refit_equal_shapes(setup, count, matrices, pending) -> Refit:
     leaf_of = jnp.array([leaf for leaf, b in enumerate(batches) for _ in range(b)], jnp.int32)
     layer_of = jnp.array([layer for b in batches for layer in range(b)], jnp.int32)
     name_of = jnp.stack([x.name for x in matrices])
-    order = jnp.argsort(~pending)  # those that are due come first
     alike = matrices[0]
     no_turn = _no_turn(setup, alike.rank, wide(alike.gradient))
 
-    def one(step, done):
-        i = order[step]
+    def one(i, done):
         leaf, layer = leaf_of[i], layer_of[i]
         gradient = _gradient(setup, matrices, leaf, layer)
         recalled, old, last_fit = _load(setup, matrices, done.stored, leaf, layer)
@@ -171,7 +165,7 @@ def _refit_equal_shapes(setup, count, matrices, pending) -> Refit:
     turns = jax.tree.map(lambda x: jnp.tile(x, (k, 1, 1)), no_turn)
     stored = tuple(x.leaf.basis for x in matrices)
     start = Refit(stored, turns, jnp.zeros(k, bool), jnp.zeros(k, jnp.float32))
-    return loop(jnp.sum(pending, dtype=jnp.int32), one, start)
+    return for_each(pending, one, start)
 
 
 def _no_turn(setup, r, dtype) -> Turn | None:

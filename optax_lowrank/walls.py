@@ -91,6 +91,13 @@ def loop(turns: jax.Array | int, body: Callable[[jax.Array, Any], Any], x: Any) 
     return lax.fori_loop(jnp.int32(0), turns, body, x)
 
 
+def for_each(chosen: jax.Array, body: Callable[[jax.Array, Any], Any], x: Any) -> Any:
+    """`x = body(i, x)` for every i where `chosen` (k,) holds, in order."""
+    passed = jnp.cumsum(chosen, dtype=jnp.int32)  # to sort them is slow to compile for TPUs
+    turn = lambda n, x: body(jnp.sum(passed <= n, dtype=jnp.int32), x)
+    return loop(jnp.sum(chosen, dtype=jnp.int32), turn, x)
+
+
 def cond(pred: Any, true: Callable[..., Any], false: Callable[..., Any], *operands: Any) -> Any:
     """`lax.cond`; a plain `if` outside jit, where a branch would be compiled anew on every call."""
     if not isinstance(pred, jax.core.Tracer):
