@@ -427,7 +427,8 @@ def newton_schulz(X: jax.Array, steps: int = 5) -> jax.Array:
     """
     a, b, c = (jnp.asarray(x, X.dtype) for x in (3.4445, -4.7750, 2.0315))
     tall = X.shape[0] > X.shape[1]
-    X = X.T if tall else X
+    # or XLA keeps what X was before it was rounded, for the norm alone
+    X = lax.optimization_barrier(X.T if tall else X)
     X = X / (
         jnp.sqrt(jnp.sum(jnp.square(X.astype(jnp.promote_types(X.dtype, jnp.float32))))) + 1e-8
     ).astype(X.dtype)
