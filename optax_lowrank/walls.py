@@ -69,14 +69,7 @@ def when(pred: Any, update: Callable[[Any], Any], x: Any) -> Any:
     A loop of one turn or none: a branch of `lax.cond` copies what it returns as it was. And an update of a slice in it
     has one result, where XLA for CPU otherwise repeats the update in a copy for each reader.
     """
-    if not isinstance(pred, jax.core.Tracer):
-        return update(x) if pred else x
-    turn = lambda state: (jnp.zeros_like(state[0]), update(state[1]))
-    state = pred, x
-    if _in_shard_map():
-        varying = _axes((jax.eval_shape(turn, state), state))
-        state, turn = _vary(state, varying), _varying(turn, varying)
-    return lax.while_loop(lambda state: state[0], turn, state)[1]
+    return loop(jnp.asarray(pred, jnp.int32), lambda _, x: update(x), x)
 
 
 def loop(turns: jax.Array | int, body: Callable[[jax.Array, Any], Any], x: Any) -> Any:
