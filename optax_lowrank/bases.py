@@ -240,8 +240,9 @@ def _nearest_orthonormal(D, rounds):
     """D (DᵀD)^(−1/2) for columns that are orthonormal to some 10 %; columns of zeros stay."""
     length = jnp.linalg.norm(D, axis=-2, keepdims=True)
     D = D / jnp.where(length > 0, length, 1)  # zeros: a column that is not used
-    identity = jnp.broadcast_to(jnp.eye(D.shape[-1], dtype=D.dtype), D.mT.shape[:-1] + D.shape[-1:])
-    # of what is small a few digits do: half of the program and of the time on a TPU
+    r = D.shape[-1]
+    identity = jnp.broadcast_to(jnp.eye(r, dtype=D.dtype), (*D.shape[:-2], r, r))
+    # of what is small a few digits do, which is a program of half the size for a TPU
     small = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGH)
     for _ in range(rounds):
         E = identity - matmul(D.mT, D)

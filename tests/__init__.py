@@ -1,4 +1,4 @@
-"""Tests of optax_lowrank; where it stands in `XLA_FLAGS`, this makes them quick."""
+"""Tests of optax_lowrank, and the flags of XLA that make them quick."""
 
 from importlib.metadata import version
 
