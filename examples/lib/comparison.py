@@ -1,5 +1,6 @@
 """What came out of compared optimizers: the front of loss against bytes, a table and figures."""
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any, NamedTuple
 import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 
 class Entry(NamedTuple):
@@ -115,8 +118,12 @@ def draw_front(entries: Sequence[Entry], file: Path) -> None:
     """Validation loss over the state, of AdamW's: of all parameters, and of the matrices alone."""
     fig = matplotlib.figure.Figure(figsize=(12, 5.5), layout="constrained")
     everything, matrices = fig.subplots(1, 2, sharey=True)
-    draw_losses(everything, {e.name: e.share for e in entries}, entries)
-    draw_losses(matrices, {e.name: e.matrix_share for e in entries}, entries)
+    panels = {
+        everything: {e.name: e.share for e in entries},
+        matrices: {e.name: e.matrix_share for e in entries},
+    }
+    for axes, shares in panels.items():
+        draw_losses(axes, shares, entries)
     ahead = front(entries)
     shares, losses = [100 * e.share for e in ahead], [np.mean(e.losses) for e in ahead]
     everything.plot(shares, losses, color="0.8", linewidth=4, zorder=1)
@@ -124,25 +131,20 @@ def draw_front(entries: Sequence[Entry], file: Path) -> None:
     matrices.set(title="matrices of the layers")
     handles, labels = everything.get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=8)
+    fig.draw_without_rendering()  # now it is known where the points are
+    for axes, shares in panels.items():
+        write_names(axes, shares, entries)
     fig.savefig(file, dpi=150)
 
 
 def draw_losses(axes: Axes, shares: dict[str, float], entries: Sequence[Entry]) -> None:
-    """Mean and standard deviation over the shares; a color for each optimizer, the rest of a name beside it."""
+    """Mean and standard deviation over the shares; a color for each optimizer."""
     optimizers = dict.fromkeys(e.optimizer for e in entries)
     for i, optimizer in enumerate(optimizers):
         ours = [e for e in entries if e.optimizer == optimizer]
         spread = [np.std(e.losses, ddof=1) if len(e.losses) > 1 else 0 for e in ours]
         x, y = [100 * shares[e.name] for e in ours], [np.mean(e.losses) for e in ours]
         axes.errorbar(x, y, spread, fmt="o", color=f"C{i}", capsize=3, label=optimizer)
-    for i, e in enumerate(sorted(entries, key=lambda e: np.mean(e.losses))):
-        text, at = (
-            e.name.removeprefix(e.optimizer).strip(" ,"),
-            (100 * shares[e.name], np.mean(e.losses)),
-        )
-        # neighbours would write over each other
-        beside, to = ((5, 4), "left") if i % 2 else ((-5, -9), "right")
-        axes.annotate(text, at, beside, textcoords="offset points", fontsize=7, ha=to)
     ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
     least = min(1, *(80 * share for share in shares.values()))
     axes.set(xlabel="state, % of AdamW's", xscale="log")
@@ -150,3 +152,28 @@ def draw_losses(axes: Axes, shares: dict[str, float], entries: Sequence[Entry]) 
     axes.set_xlim(least, 130)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
+
+
+def write_names(axes: Axes, shares: dict[str, float], entries: Sequence[Entry]) -> None:
+    """What a name has besides its optimizer, at the side of its point where it covers the fewest names and points."""
+    at = {e.name: (100 * shares[e.name], np.mean(e.losses)) for e in entries}
+    points = axes.transData.transform(list(at.values()))
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
+
+    def write(e: Entry, side: tuple[int, int]) -> Annotation:
+        (x, y), text = side, e.name.removeprefix(e.optimizer).strip(" ,")
+        ha, va = ("right", "center", "left")[x + 1], ("top", "center", "bottom")[y + 1]
+        near = {"xytext": (6 * x, 6 * y), "textcoords": "offset points"}
+        return axes.annotate(text, at[e.name], **near, fontsize=7, ha=ha, va=va)
+
+    def covered(e: Entry, side: tuple[int, int]) -> int:
+        text = write(e, side)
+        box = text.get_window_extent()
+        text.remove()
+        outside = box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1
+        return sum(map(box.overlaps, taken)) + 100 * outside
+
+    sides = [(x, y) for y in (0, 1, -1) for x in (1, -1, 0) if x or y]
+    for e in entries:
+        best = min(sides, key=functools.partial(covered, e))
+        taken.append(write(e, best).get_window_extent())
