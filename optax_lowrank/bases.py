@@ -194,8 +194,9 @@ class InCodes:
 
     With D the decoded basis, its columns normalised, P = D (DᵀD)^(−1/2), the nearest orthonormal one, by the series of
     that root. Nothing is stored of it: the r × r correction in float32 would be as large as 8-bit codes of m = 4 r. It
-    costs 2 m r² multiplications and a few r³ a step, where the projection has 2 m n r. It needs no factorization, which
-    an accelerator does slowly, and of a sharded basis only an all-reduce of r × r. PᵀP = I holds to 1e-5.
+    costs 2 m r² multiplications and a few r³ a step, twice that in 4 bits; the projection has 2 m n r. It needs no
+    factorization, which an accelerator does slowly, and of a sharded basis only all-reduces of r × r. PᵀP = I holds to
+    1e-5.
 
     Args:
       bits: 8, the signed book of `quantize_state`, blocks of 256 rows; or 4, quantiles of a normal distribution, blocks

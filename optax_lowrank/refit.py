@@ -245,9 +245,8 @@ def _fit_one(setup, x, gradient, recalled, old, last_fit, count, keys, no_turn):
     usable = jnp.isfinite(largest) & (largest > jnp.finfo(dtype).tiny)
 
     def fit():
-        least = (
-            float(jnp.finfo(dtype).tiny) ** 0.8
-        )  # 1 / least is finite, with room for the products
+        # 1 / least is finite, with room for the products
+        least = float(jnp.finfo(dtype).tiny) ** 0.8
         scale = jnp.clip(largest, least, 1 / least)
         unit = _divided(gradient, scale, (view.m, view.n), dtype)
         energy = (unit.energy() * scale**2).astype(jnp.float32)

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import optax_lowrank as ol
-from optax_lowrank.bases import CodedBasis
+from optax_lowrank.bases import CodedBasis, _drawn
 from optax_lowrank.linalg import dct_columns
 
 from .helpers import assert_trees_close, assert_trees_equal
@@ -249,6 +249,15 @@ def test_between_refits_the_basis_is_that_of_the_refit(fit, side):
         assert jnp.linalg.norm(moved["kernel"] - first["kernel"]) > 0.1 * jnp.linalg.norm(
             first["kernel"]
         )
+
+
+def test_seeded_bases_draw_all_columns_alike_and_none_twice():
+    keys = jax.random.split(jax.random.key(1), 4000)
+    drawn = np.asarray(jax.vmap(lambda key: _drawn(key, 16, 4))(keys))
+    assert all(len(set(row)) == 4 for row in drawn.tolist())
+    counts = np.bincount(drawn.ravel(), minlength=16)
+    assert counts.size == 16
+    assert 850 < counts.min() <= counts.max() < 1150
 
 
 def test_every_column_of_a_dct_is_used():
