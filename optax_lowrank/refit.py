@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optax_lowrank.bases import Basis
@@ -21,7 +22,7 @@ from optax_lowrank.linalg import LinearOperator, matmul
 from optax_lowrank.refresh import positions
 from optax_lowrank.rules import Turn, wide
 from optax_lowrank.views import MatrixView
-from optax_lowrank.walls import AxisName, cond, entry, for_each, mean_over, put, when
+from optax_lowrank.walls import AxisName, cond, entry, for_each, mean_over, put, put_in
 
 
 class Setup(NamedTuple):
@@ -123,17 +124,19 @@ def refit(
     for path in places:
         x = matrices[path]
         groups[x.view.m, x.view.n, x.rank, x.gradient.dtype].append(path)
-    stored, turns, fitted, energy = {}, {}, {}, {}
+    stored, turns, order, fitted, energy = {}, {}, [], [], []
     for paths in groups.values():
         group = [matrices[path] for path in paths]
-        due = jnp.concatenate([pending[places[path]] for path in paths])
-        done = _refit_equal_shapes(setup, count, group, due)
+        # one gather, where a slice for each leaf would be so many programs
+        order.append(np.r_[tuple(places[path] for path in paths)])
+        done = _refit_equal_shapes(setup, count, group, pending[order[-1]])
         stored |= dict(zip(paths, done.stored, strict=True))
         for path, place in positions({path: matrices[path].view.batch for path in paths}).items():
-            turns[path], fitted[path], energy[path] = jax.tree.map(
-                lambda x, place=place: x[place], done[1:]
-            )
-    in_place = lambda by_path: jnp.concatenate([by_path[path] for path in places])
+            turns[path] = jax.tree.map(lambda x, place=place: x[place], done.turn)
+        fitted.append(done.fitted)
+        energy.append(done.energy)
+    back = np.argsort(np.concatenate(order))
+    in_place = lambda of_groups: jnp.concatenate(of_groups)[back]
     return Refit(stored, turns, in_place(fitted), in_place(energy))
 
 
@@ -154,12 +157,8 @@ def _refit_equal_shapes(setup, count, matrices, pending) -> Refit:
         stored, turn, good, energy = _fit_one(
             setup, alike, gradient, recalled, old, last_fit, count, keys, no_turn
         )
-        write = lambda of_leaf: put(of_leaf, layer, stored)
-        return Refit(
-            # one leaf is written, the others are not even read
-            tuple(when(good & (leaf == j), write, x) for j, x in enumerate(done.stored)),
-            *put(done[1:], i, (turn, good, energy)),
-        )
+        written = put_in(done.stored, jnp.where(good, leaf, -1), layer, stored)
+        return Refit(written, *put(done[1:], i, (turn, good, energy)))
 
     k = len(leaf_of)
     turns = jax.tree.map(lambda x: jnp.tile(x, (k, 1, 1)), no_turn)

@@ -111,6 +111,23 @@ def put(stack: Any, i: Any, one: Any) -> Any:
     return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), stack, one)
 
 
+def put_in(stacks: tuple[Any, ...], which: jax.Array, i: Any, one: Any) -> tuple[Any, ...]:
+    """The stacks with entry i of number `which` replaced, in place; as they are where `which` is negative."""
+
+    def turn(carry):
+        stack, left = carry
+        return put(stack, i, one), left - 1
+
+    written, left = [], which
+    for stack in stacks:
+        # A loop of one turn or none, as in `when`. Its condition counts down through the loops before it: with a number
+        # of its own in it, each would be compiled by itself.
+        stack, left = lax.while_loop(lambda carry: carry[1] == 0, turn, (stack, left))
+        written.append(stack)
+        left -= 1
+    return tuple(written)
+
+
 def _in_shard_map():
     return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
 
