@@ -81,17 +81,17 @@ class _Seeded:
 
     def read(self, stored, key, m, r, dtype):
         del stored
-        rows, columns = jax.random.split(key)
-        signs = jax.random.rademacher(rows, (m, 1), dtype)
-        return signs * linalg.dct_columns(m, _drawn(columns, m, r), dtype)
+        bits = jax.random.bits(key, (m,))
+        signs = jnp.where(bits & 1, 1, -1).astype(dtype)
+        return signs[:, None] * linalg.dct_columns(m, _drawn(bits >> 1, r), dtype)
 
 
-def _drawn(key, m, r):
-    """The first r entries of a random permutation of m numbers: the places that r of m random numbers have in order.
+def _drawn(number, r):
+    """The places in order of the first r of m random numbers, (m,): the first r entries of a random permutation.
 
     To sort them instead is slow to compile for GPUs and TPUs.
     """
-    number, i = jax.random.bits(key, (m,)), jnp.arange(m)
+    i = jnp.arange(len(number))
     tie = (number[None] == number[:r, None]) & (i[None] < i[:r, None])
     smaller = (number[None] < number[:r, None]) | tie
     return jnp.sum(smaller, axis=1, dtype=jnp.int32)

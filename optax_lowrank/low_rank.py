@@ -32,7 +32,7 @@ from optax_lowrank import checks
 from optax_lowrank.bases import Basis, BasisStore, Fitted, InDtype
 from optax_lowrank.classify import Rank, check_rank, ranks_by_path, views_by_path
 from optax_lowrank.fits import Fit, check_fit, randomized_svd
-from optax_lowrank.refit import Leaf, Matrix, Setup, TwoSided, hashed, read_bases, refit
+from optax_lowrank.refit import Leaf, Matrix, Setup, TwoSided, read_bases, refit, seeds_of
 from optax_lowrank.refresh import (
     Policy,
     Statistics,
@@ -161,11 +161,10 @@ def low_rank(
         two_sided=side == "both",
         turns=rule.turn is not unturned,
         axis_name=axis_name,
-        seed=seed,
         recall=rule.recall,
         tangent=None if geometry is None else geometry.tangent,
     )
-    core = _Core(rule, rank, setup, as_policy(refresh), axes, side, scale, geometry)
+    core = _Core(rule, rank, setup, as_policy(refresh), axes, side, scale, seed, geometry)
     return optax.GradientTransformationExtraArgs(core.init, core.update)
 
 
@@ -180,6 +179,7 @@ class _Core:
     axes: Any
     side: Side
     scale: jax.typing.ArrayLike
+    seed: int
     geometry: Geometry | None
 
     # ------------------------------------------------------------------------------------------------------ the tree
@@ -291,7 +291,8 @@ class _Core:
             if there != here:
                 raise ValueError(f"bases are {there}, and should be {here}. {_note(path, view)}")
             last_fit = state.stats.last_fit[places[path]]
-            return Matrix(view, rank, hashed(path), grads[path], weights.get(path), leaf, last_fit)
+            seeds = seeds_of(self.seed, path, view.batch)
+            return Matrix(view, rank, seeds, grads[path], weights.get(path), leaf, last_fit)
 
         return {path: matrix(path, view) for path, view in views.items()}
 
@@ -334,9 +335,8 @@ class _Core:
             G, W = fold(gradient), fold(weight)
             return jax.vmap(functools.partial(self.project, x, told))(G, W, *others), W, rule
 
-        layer = jnp.arange(x.view.batch, dtype=jnp.int32)
         last_fit = jnp.where(fitted, told["count"], x.last_fit)
-        others = stored, layer, last_fit, fitted
+        others = stored, x.seeds, last_fit, fitted
         projected, W, rule = after(before, project, x.gradient, x.weight, rule, *others)
         finish, G = jax.vmap(functools.partial(self.finish, x, told)), fold(x.gradient)
         U, rule, geometry, awaited, *numbers = finish(G, W, projected, rule, x.leaf.geometry)
@@ -351,9 +351,9 @@ class _Core:
 
     # ---------------------------------------------------------------------------------------------------- one matrix
 
-    def project(self, x: Matrix, told, G, W, stored, layer, last_fit, fitted):
+    def project(self, x: Matrix, told, G, W, stored, seeds, last_fit, fitted):
         """R = PᵀG, or PᵀGK; P as products take it, K or None; ‖G_j‖², (n,) float32; and what the geometry keeps."""
-        P, K = read_bases(self.setup, x, stored, layer, last_fit)
+        P, K = read_bases(self.setup, x, stored, seeds, last_fit)
         G, kept = self.tangent(x, G, W)
         if G.dtype == jnp.bfloat16:
             P = P.astype(G.dtype)

@@ -8,7 +8,7 @@ a select that factorizes every matrix on every step.
 import collections
 import dataclasses
 import functools
-import zlib
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -32,7 +32,6 @@ class Setup(NamedTuple):
     two_sided: bool
     turns: bool  # are rotations wanted?
     axis_name: AxisName  # mesh axes along which gradients differ
-    seed: int
     recall: Callable[[Any], jax.Array] | None  # of the rule
     tangent: Callable[..., Any] | None  # of the geometry
 
@@ -59,7 +58,7 @@ class Matrix:
 
     view: MatrixView = dataclasses.field(metadata={"static": True})
     rank: int = dataclasses.field(metadata={"static": True})
-    name: jax.Array  # () uint32, of the path, see `hashed`
+    seeds: jax.Array  # (b, 2) uint32, see `seeds_of`
     gradient: jax.Array  # in the leaf's shape
     weight: jax.Array | None  # the same, where it is wanted
     leaf: Leaf
@@ -75,20 +74,22 @@ class Refit(NamedTuple):
     energy: jax.Array  # (k,) float32, ‖G‖² where fitted
 
 
-def read_bases(setup: Setup, x: Matrix, stored: Any, layer: jax.Array, last_fit: jax.Array):
+def read_bases(setup: Setup, x: Matrix, stored: Any, seeds: jax.Array, last_fit: jax.Array):
     """The bases (P, K) of one matrix of a leaf as they are used, zeros before the first fit; K is None on one side."""
-    key = _key(setup, last_fit, x.name, layer)
+    key = _key(seeds, last_fit)
     return _read(setup, x.view, x.rank, wide(x.gradient), stored, key, last_fit)
 
 
-def hashed(path: str) -> jax.Array:
-    """A number that stays the same for a path, for keys of its own."""
-    return jnp.uint32(zlib.crc32(path.encode()))
+def seeds_of(seed: int, path: str, batch: int) -> np.ndarray:
+    """(b, 2) uint32, of each matrix of a leaf what its keys are made from: the same in every run."""
+    digest = lambda i: hashlib.blake2b(f"{seed}/{i}/{path}".encode(), digest_size=8).digest()
+    return np.frombuffer(b"".join(map(digest, range(batch))), "<u4").reshape(batch, 2)
 
 
-def _key(setup, count, name, layer):
-    key = jax.random.fold_in(jax.random.key(setup.seed), count)
-    return jax.random.fold_in(jax.random.fold_in(key, name), layer)
+def _key(seeds, count):
+    """The key of one matrix for the fit of one update."""
+    # Threefry mixes consecutive keys as well as any others, and `fold_in` is a program of its own for every leaf
+    return jax.random.wrap_key_data(seeds + count.astype(jnp.uint32), impl="threefry2x32")
 
 
 def _read(setup, view, r, dtype, stored, key, last_fit):
@@ -145,7 +146,7 @@ def _refit_equal_shapes(setup, count, matrices, pending) -> Refit:
     batches = [x.view.batch for x in matrices]
     leaf_of = jnp.array([leaf for leaf, b in enumerate(batches) for _ in range(b)], jnp.int32)
     layer_of = jnp.array([layer for b in batches for layer in range(b)], jnp.int32)
-    name_of = jnp.stack([x.name for x in matrices])
+    seeds = jnp.concatenate([x.seeds for x in matrices])
     alike = matrices[0]
     no_turn = _no_turn(setup, alike.rank, wide(alike.gradient))
 
@@ -153,7 +154,7 @@ def _refit_equal_shapes(setup, count, matrices, pending) -> Refit:
         leaf, layer = leaf_of[i], layer_of[i]
         gradient = _gradient(setup, matrices, leaf, layer)
         recalled, old, last_fit = _load(setup, matrices, done.stored, leaf, layer)
-        keys = [_key(setup, at, name_of[leaf], layer) for at in (last_fit, count)]
+        keys = [_key(seeds[i], at) for at in (last_fit, count)]
         stored, turn, good, energy = _fit_one(
             setup, alike, gradient, recalled, old, last_fit, count, keys, no_turn
         )

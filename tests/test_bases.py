@@ -253,7 +253,7 @@ def test_between_refits_the_basis_is_that_of_the_refit(fit, side):
 
 def test_seeded_bases_draw_all_columns_alike_and_none_twice():
     keys = jax.random.split(jax.random.key(1), 4000)
-    drawn = np.asarray(jax.vmap(lambda key: _drawn(key, 16, 4))(keys))
+    drawn = np.asarray(jax.vmap(lambda key: _drawn(jax.random.bits(key, (16,)), 4))(keys))
     assert all(len(set(row)) == 4 for row in drawn.tolist())
     counts = np.bincount(drawn.ravel(), minlength=16)
     assert counts.size == 16
