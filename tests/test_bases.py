@@ -15,6 +15,7 @@ from flax import nnx
 import optax_lowrank as ol
 from optax_lowrank.bases import CodedBasis, _drawn
 from optax_lowrank.linalg import dct_columns
+from optax_lowrank.refit import _key, seeds_of
 
 from .helpers import assert_trees_close, assert_trees_equal
 
@@ -222,6 +223,15 @@ def test_seeds_of_matrices_and_refits_differ():
     bases = [read(ol.seeded(), (), jax.random.key(seed), 40, 5) for seed in range(4)]
     for i, P in enumerate(bases):
         assert all(np.abs(P - other).max() > 0.01 for other in bases[:i])
+
+
+def test_keys_of_matrices_and_updates_draw_what_is_unlike():
+    """Two layers of two leaves in runs of two seeds; consecutive updates have consecutive keys."""
+    seeds = np.concatenate([seeds_of(seed, path, 2) for seed in (0, 1) for path in ("a", "b")])
+    numbers = lambda seeds, count: jax.random.normal(_key(seeds, count), (2000,))
+    draw = jax.vmap(jax.vmap(numbers, (None, 0)), (0, None))
+    drawn = draw(seeds, jnp.arange(-1, 4)).reshape(40, 2000)
+    assert np.abs(np.corrcoef(drawn) - np.eye(40)).max() < 5 / 2000**0.5
 
 
 def test_dct_takes_the_columns_that_hold_most():
