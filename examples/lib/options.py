@@ -81,7 +81,7 @@ def add_optimizer(p: argparse._ArgumentGroup) -> None:
     p.add_argument(
         "--state-bits",
         type=int,
-        choices=(8,),
+        choices=(8, 4),
         help="keep the optimizer state as codes, that of embed and head too; None: floats",
     )
     p.add_argument(
@@ -217,7 +217,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             "--layerwise: optax.contrib.galore fails on what is around the layers, a tree without matrices"
         )
     if args.state_bits and args.optimizer == "contrib-galore":
-        p.error(f"--state-bits: {args.optimizer} has no 8-bit state; adamw and muon have")
+        p.error(f"--state-bits: {args.optimizer} has no state in codes; adamw and muon have")
     if args.optimizer in BASELINES and args.layerwise and args.accumulate > 1:
         p.error(
             f"--accumulate: {args.optimizer} has no subspace to sum in, and the sums of all layers are "
