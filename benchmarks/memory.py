@@ -40,6 +40,8 @@ NAMES = (
     "apollo",
     "gradnormlorp, 8 bits",
     "low_rank_muon",
+    "low_rank_muon(rank=0.35), 4 bits",
+    "optax.contrib.muon",
 )
 
 
@@ -86,10 +88,9 @@ def _steps(model):
     txs = {name: tx for name, tx in optimizers(model.size).items() if name in names}
     if model.stack:
         txs.pop("optax.contrib.galore", None)  # takes no stacked layers: it would be plain Adam
-    else:
-        k = MICRO_BATCHES
-        txs[f"galore(accumulate={k})"] = galore(accumulate=k)
-        txs[f"optax.MultiSteps(galore, {k})"] = optax.MultiSteps(galore(), k)
+    k = MICRO_BATCHES
+    txs[f"galore(accumulate={k})"] = galore(accumulate=k)
+    txs[f"optax.MultiSteps(galore, {k})"] = optax.MultiSteps(galore(), k)
     for name, tx in txs.items():
         yield name, model.step(tx), jax.eval_shape(tx.init, model.params)
     if model.stack:
@@ -171,7 +172,7 @@ def temporaries(options: Options) -> Table:
     leaf = layer * size.layers
     rows, values = [], {}
     for name, tx in optimizers(size).items():
-        if name.startswith("optax.contrib"):  # no stacked layers: they would be plain Adam
+        if name == "optax.contrib.galore":  # no stacked layers: it would be plain Adam
             continue
         temp = compile_step(tx, params).memory_analysis().temp_size_in_bytes
         values[name] = temp / layer

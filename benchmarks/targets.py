@@ -29,7 +29,7 @@ import optax_lowrank as ol
 from benchmarks import processes
 from benchmarks.memory import BATCH, TIME, Model, in_bytes, mib
 from benchmarks.tables import Table, bars
-from benchmarks.trees import M60, M130, ONE_LAYER, QUICK, matrices, shapes, step_of
+from benchmarks.trees import M60, M130, ONE_LAYER, QUICK, matrices, muon, shapes, step_of
 
 _CARD = """
   gpu_device_info {{
@@ -228,12 +228,7 @@ def _merged(shape: tuple[int, ...]) -> frozenset[tuple[int, ...]]:
 def optimizers(rank: int, stack: bool) -> dict[str, optax.GradientTransformation]:
     """All that are compared: every alias, with float32 and with 8-bit state."""
     r = {"rank": rank}
-    axes = optax.contrib.MuonDimensionNumbers(-2, -1)
-    muon = optax.contrib.muon(
-        1e-3,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: axes, params),
-    )
-    found = {"optax.adamw": optax.adamw(1e-3), "optax.contrib.muon": muon}
+    found = {"optax.adamw": optax.adamw(1e-3), "optax.contrib.muon": muon(1e-3)}
     if not stack:  # it takes no stacked layers: it would be plain Adam
         found["optax.contrib.galore"] = optax.contrib.galore(1e-3, **r)
     for name in ALIASES:

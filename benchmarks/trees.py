@@ -92,8 +92,20 @@ def optimizers(size: Size) -> dict[str, optax.GradientTransformation]:
         "gradnormlorp": ol.gradnormlorp(1e-3, **r),
         "gradnormlorp, 8 bits": ol.gradnormlorp(1e-3, **eight_bits, **r),
         "low_rank_muon": ol.low_rank_muon(1e-3, **r),
-        "optax.contrib.muon": optax.contrib.muon(1e-3),
+        "low_rank_muon(rank=0.35), 4 bits": ol.low_rank_muon(1e-3, rank=0.35, state_bits=4),
+        "optax.contrib.muon": muon(1e-3),
     }
+
+
+def muon(learning_rate: float) -> optax.GradientTransformation:
+    """Optax's, of the matrices that the library sees, stacked ones, too, and Adam of all else."""
+
+    def dimension_numbers(params):
+        is_axes = lambda x: x is None or isinstance(x, ol.MatrixAxes)
+        of = lambda x: x and optax.contrib.MuonDimensionNumbers(x.reduction_axis, x.output_axis)
+        return jax.tree.map(of, ol.matrix_axes(params), is_leaf=is_axes)
+
+    return optax.contrib.muon(learning_rate, muon_weight_dimension_numbers=dimension_numbers)
 
 
 def step_of(tx: optax.GradientTransformation):

@@ -107,8 +107,8 @@ def _content(box):
 def owned_leaves(state, params) -> list[tuple[tuple, Any, str | None]]:
     """(key path, array, path of its parameter or None) of every array of an optimizer state, in tree order.
 
-    Told by structure, never by the name of a leaf: a subtree that is a tree like the parameters (masked or boxed ones as
-    well), or a dict by path, which is how this library keeps its own state.
+    Told by structure, never by the name of a leaf: a subtree that is a tree like the parameters (masked or boxed ones
+    as well), or a dict by path, which is how this library keeps its own state.
     """
     paths = set(flatten_by_path(params)[0])
     is_masked = lambda node: type(node).__name__ == "MaskedNode"
