@@ -330,25 +330,26 @@ dense |
     Equinox and Haliax for (in, out). `describe` shows it; an override settles it.
 
     Args:
-        params: a tree of anything with a shape: arrays, `jax.ShapeDtypeStruct`, boxed or not.
-        overrides: None, or one of these, where axes are `MatrixAxes`, anything else with `reduction_axis` and
-            `output_axis`, or None for dense:
+      params: a tree of anything with a shape: arrays, `jax.ShapeDtypeStruct`, boxed or not.
+      overrides: None, or one of these, where axes are `MatrixAxes`, anything else with `reduction_axis` and
+        `output_axis`, or None for dense:
 
-            * a tree like `params` of axes, which decides every leaf; matched by path;
-            * a dict `{regex: axes}`: the first `re.search` on the path wins, unmatched leaves keep the rules. A key
-              that *is* a leaf's path speaks first for that leaf, so a flat tree of axes means the same either way;
-            * a function of `params` (of the updates, in `update`) that returns one of the two.
+        * a tree like `params` of axes, which decides every leaf; matched by path;
+        * a dict `{regex: axes}`: the first `re.search` on the path wins, unmatched leaves keep the rules. A key
+          that *is* a leaf's path speaks first for that leaf, so a flat tree of axes means the same either way;
+        * a function of `params` (of the updates, in `update`) that returns one of the two.
 
     Raises:
-        ValueError: axes do not fit their leaf, a pattern matches no leaf, or a tree's paths are not those of `params`.
+      ValueError: axes do not fit their leaf, a pattern matches no leaf, or a tree's paths are not those of `params`.
 
     Example:
-        >>> params = {"up": {"kernel": jnp.ones((8, 32)), "bias": jnp.ones(32)}, "gru": jnp.ones((3, 8, 8))}
-        >>> axes = matrix_axes(params, {"gru": MatrixAxes((0, 1), 2)})
-        >>> axes["up"]
-        {'bias': None, 'kernel': MatrixAxes(reduction_axis=0, output_axis=1)}
-        >>> axes["gru"]
-        MatrixAxes(reduction_axis=(0, 1), output_axis=2)
+      >>> import jax.numpy as jnp, optax_lowrank as ol
+      >>> params = {"up": {"kernel": jnp.ones((8, 32)), "bias": jnp.ones(32)}, "gru": jnp.ones((3, 8, 8))}
+      >>> axes = ol.matrix_axes(params, {"gru": ol.MatrixAxes((0, 1), 2)})
+      >>> axes["up"]
+      {'bias': None, 'kernel': MatrixAxes(reduction_axis=0, output_axis=1)}
+      >>> axes["gru"]
+      MatrixAxes(reduction_axis=(0, 1), output_axis=2)
     """
     _, treedef = flatten_by_path(params)
     return treedef.unflatten(axes_by_path(params, overrides).values())
@@ -364,7 +365,7 @@ def check_rank(rank: Rank) -> None:
     """Raises for what can be no rank of any leaf: an int below 1, a float outside (0, 1), anything else.
 
     Raises:
-        TypeError, ValueError: naming the value, and the pattern if `rank` is a dict.
+      TypeError, ValueError: naming the value, and the pattern if `rank` is a dict.
     """
     for pattern, value in rank.items() if isinstance(rank, Mapping) else [(None, rank)]:
         where = "" if pattern is None else f" for {pattern!r}"
@@ -387,19 +388,19 @@ def ranks_by_path(
     """The rank of every view, at most min(m, n); a matrix is projected if that is less than min(m, n).
 
     Args:
-        views: of the matrices, by path.
-        rank: an int; a float in (0, 1), that share of the projected side m, to the nearest multiple of 8 but at least
-            8; or a dict `{regex: either}`: the first `re.search` on the path wins, a key that is a path speaks first
-            for its leaf, and the others have rank 128.
-        strict: refuse patterns that match none of the views.
+      views: of the matrices, by path.
+      rank: an int; a float in (0, 1), that share of the projected side m, to the nearest multiple of 8 but at least
+        8; or a dict `{regex: either}`: the first `re.search` on the path wins, a key that is a path speaks first
+        for its leaf, and the others have rank 128.
+      strict: refuse patterns that match none of the views.
 
     Raises:
-        TypeError, ValueError: see `check_rank`; a pattern is no regular expression, or matches nothing.
+      TypeError, ValueError: see `check_rank`; a pattern is no regular expression, or matches nothing.
 
     Example:
-        >>> views = {path: MatrixView.of((64, 96), MatrixAxes(0, 1)) for path in ("up", "gate", "down")}
-        >>> ranks_by_path(views, {"up": 8, "gate": 0.25})
-        {'up': 8, 'gate': 16, 'down': 64}
+      >>> views = {path: MatrixView.of((64, 96), MatrixAxes(0, 1)) for path in ("up", "gate", "down")}
+      >>> ranks_by_path(views, {"up": 8, "gate": 0.25})
+      {'up': 8, 'gate': 16, 'down': 64}
     """
     check_rank(rank)
     if isinstance(rank, Mapping):
@@ -433,41 +434,44 @@ def describe(
     every optimizer, and ranks that differ between leaves are shown.
 
     Args:
-        params: a tree of anything with a shape, boxed or not.
-        overrides: see `matrix_axes`.
-        rank: None, an int, a float in (0, 1) (that share of the projected side, to a multiple of 8), or a dict
-            `{regex: int | float}`; leaves that no pattern matches have rank 128.
-        side: which side is projected; `m` is its size.
+      params: a tree of anything with a shape, boxed or not.
+      overrides: see `matrix_axes`.
+      rank: None, an int, a float in (0, 1) (that share of the projected side, to a multiple of 8), or a dict
+        `{regex: int | float}`; leaves that no pattern matches have rank 128. Of a share, that of the shorter side
+        says whether a matrix is too small.
+      side: which side is projected; `m` is its size.
 
     Returns:
-        Lines of text, an HTML table in a notebook: one line a leaf, or a group of leaves (`layers/*/kernel`) with their
-        count where paths differ only in numbers, and the share of parameters that are projected.
+      Lines of text, an HTML table in a notebook: one line a leaf, or a group of leaves (`layers/*/kernel`) with their
+      count where paths differ only in numbers, and the share of parameters that are projected.
 
     Raises:
-        TypeError, ValueError: see `matrix_axes`; `rank` is no rank, or a pattern of it matches no matrix.
+      TypeError, ValueError: see `matrix_axes`; `rank` is no rank, or a pattern of it matches no matrix.
 
     Example:
-        >>> print(describe({"q": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))}}))
-        leaf      shape      b × m × n  axes b | m | n  treatment  why
-        q/bias    (2, 4)                                dense      bias or scale
-        q/kernel  (8, 2, 4)  1 × 8 × 8  - | 0 | 1,2     projected  attention input
-        1 of 2 leaves projected: 64 of 72 parameters (88.9 %).
+      >>> import jax.numpy as jnp, optax_lowrank as ol
+      >>> print(ol.describe({"q": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))}}))
+      leaf      shape      b × m × n  axes b | m | n  treatment  why
+      q/bias    (2, 4)                                dense      bias or scale
+      q/kernel  (8, 2, 4)  1 × 8 × 8  - | 0 | 1,2     projected  attention input
+      1 of 2 leaves projected: 64 of 72 parameters (88.9 %).
     """
     if hasattr(params, "update") and hasattr(params, "init"):
         raise TypeError("`params` must be parameters, got an optimizer: give `params, rank=...`.")
     decisions, shapes = _decide(params, overrides, strict=True)
-    views = {
-        path: MatrixView.of(shapes[path], axes, side)
-        for path, (axes, _) in decisions.items()
-        if axes is not None
-    }
-    ranks = {} if rank is None else ranks_by_path(views, rank, strict=True)
+
+    def views_of(side):
+        found = {path: axes for path, (axes, _) in decisions.items() if axes is not None}
+        return {path: MatrixView.of(shapes[path], axes, side) for path, axes in found.items()}
+
+    views, short = views_of(side), views_of("short")  # optimizers look at the shorter side first
+    of = lambda views: {} if rank is None else ranks_by_path(views, rank, strict=True)
+    ranks, least = of(views), of(short)
     lines, projected = {}, []
     for path, (_, why) in decisions.items():
         treatment = "dense"
         if path in views:
-            view = views[path]
-            if ranks.get(path, 0) == min(view.m, view.n):
+            if least.get(path, 0) == short[path].m:
                 why = "min(m, n) <= rank"
             else:
                 alike = rank is None or checks.is_integer(rank)

@@ -54,7 +54,7 @@ def scale_by_rotated_adam(
         coordinates; "reset", V = w = 0.
 
     Returns:
-      A rule.
+      A rule, for `low_rank` and `chained`; `optax.chain` takes transformations only.
 
     Raises:
       ValueError: `second_moment` is unknown.

@@ -39,7 +39,8 @@ class Options:
 
     Args:
       rank: r, an int; a share of the projected side in (0, 1), rounded to a multiple of 8; or a dict {regex: int or
-        share} by path, 128 where nothing matches. Matrices with a side no longer than their rank are not projected.
+        share} by path, 128 where nothing matches. Matrices with a side no longer than their rank (of a share, that of
+        their shorter side) are not projected.
       update_proj_gap: T, optimizer updates between refits, which may be traced; or a refresh policy, such as
         `every(200, stagger=True)`.
       scale: α, multiplies the step in the subspace only.
@@ -52,16 +53,20 @@ class Options:
         basis.
       side: "short", "long" or "both", the side of a matrix that is projected.
       rotate_moments: carry the moments over to the new basis at a refit.
-      dense: a complete transformation, with its own learning rate, for the leaves that are not projected.
-      dense_learning_rate: in place of `dense`, the rate of Adam on those leaves.
+      dense: a complete transformation for the leaves that are not projected, with a learning rate and weight decay of
+        its own.
+      dense_learning_rate: in place of `dense`, the rate of Adam on those leaves; otherwise it is `learning_rate`, which
+        no `scale` makes smaller there.
       state_bits: 8 or 4 keeps moments as codes (`quantize_state`) and bases in bfloat16; a dict of arguments of
         `quantize_state`, such as {"min_size": 256}, does so in its own way.
       accumulate: k micro-batches that make one update. Their gradients are summed in the subspace (`accumulated`), and
-        updates in between are zero; `update_proj_gap` and schedules count the real ones.
+        updates in between are zero; `update_proj_gap` and schedules count the real ones, those of `inject_hyperparams`
+        every call.
       seed: of the random sketches.
       axis_name: inside `jax.shard_map`, the mesh axes along which gradients differ, each device having those of its own
         batch. The optimizer averages them, matrices as coordinates, r · n numbers instead of m · n (whole where a
-        method weighs columns: `fira`, `apollo`, `low_rank_muon`), the other leaves as they are.
+        method weighs columns: `fira`, `apollo`, `low_rank_muon`), the other leaves as they are. What clips in front of
+        it sees each device's own gradient.
     """
 
     rank: Rank = 128

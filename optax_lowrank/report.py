@@ -246,6 +246,9 @@ def memory_report(tx: optax.GradientTransformation, params, state: Any = None) -
       A `MemoryReport`. Its arrays are those in which the state has more than one number a matrix; all others count as
       `counters`.
 
+    Raises:
+      TypeError: `tx` is no transformation.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax_lowrank as ol
       >>> shapes = {"kernel": jax.ShapeDtypeStruct((1024, 4096), jnp.float32)}

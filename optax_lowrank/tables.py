@@ -29,9 +29,9 @@ def table(rows: Iterable[Sequence[str]], numbers: Collection[int], foot: str = "
     """Rows, the first of them the head, as a `Table`.
 
     Args:
-        rows: cells of text, as many in every row.
-        numbers: the columns that are aligned at the right.
-        foot: a line below the table.
+      rows: cells of text, as many in every row.
+      numbers: the columns that are aligned at the right.
+      foot: a line below the table.
     """
     head, *body = rows
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]

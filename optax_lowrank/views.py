@@ -50,7 +50,7 @@ def flatten_by_path(tree, is_leaf=None) -> tuple[dict[str, Any], Any]:
     """Leaves by path in tree order, and the treedef: `treedef.unflatten(leaves.values())` is the tree again.
 
     Raises:
-        ValueError: two leaves have the same path.
+      ValueError: two leaves have the same path.
     """
     leaves: dict[str, Any] = {}
     for key_path, leaf in leaves_with_path(tree, is_leaf):
@@ -152,9 +152,10 @@ class MatrixAxes:
     batch axes: the leaf is a stack of matrices, each with a basis of its own.
 
     Example:
-        >>> MatrixAxes(0, (1, 2))  # an attention query kernel, (d, heads, head_dim): one matrix, d by heads * head_dim
-        MatrixAxes(reduction_axis=0, output_axis=(1, 2))
-        >>> per_head = MatrixAxes(0, 2)  # the same leaf, each head on its own: axis 1 is a batch axis
+      >>> from optax_lowrank import MatrixAxes
+      >>> MatrixAxes(0, (1, 2))  # an attention query kernel, (d, heads, head_dim): one matrix, d by heads * head_dim
+      MatrixAxes(reduction_axis=0, output_axis=(1, 2))
+      >>> per_head = MatrixAxes(0, 2)  # the same leaf, each head on its own: axis 1 is a batch axis
     """
 
     reduction_axis: int | tuple[int, ...]
@@ -166,11 +167,11 @@ class MatrixView:
     """How one leaf folds to (b, m, n): static, hashable, made by `MatrixView.of`.
 
     Example:
-        >>> view = MatrixView.of((64, 4, 8), MatrixAxes(0, (1, 2)), side="short")
-        >>> (view.batch, view.m, view.n), view.projected_axes
-        ((1, 32, 64), (1, 2))
-        >>> view.fold(jnp.ones((64, 4, 8))).shape
-        (1, 32, 64)
+      >>> view = MatrixView.of((64, 4, 8), MatrixAxes(0, (1, 2)), side="short")
+      >>> (view.batch, view.m, view.n), view.projected_axes
+      ((1, 32, 64), (1, 2))
+      >>> view.fold(jnp.ones((64, 4, 8))).shape
+      (1, 32, 64)
     """
 
     shape: Shape
@@ -192,7 +193,7 @@ class MatrixView:
         for the shorter one.
 
         Raises:
-            ValueError: `axes` do not fit `shape`, or `side` is unknown.
+          ValueError: `axes` do not fit `shape`, or `side` is unknown.
         """
         shape = tuple(shape)
         reduction, output = sides_of(axes, shape, f"a leaf of shape {shape}")

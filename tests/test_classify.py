@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import linen as nn, nnx
 
-from optax_lowrank import adapters
+from optax_lowrank import adapters, low_rank_muon, memory_report
 from optax_lowrank.classify import (
     axes_by_path,
     check_rank,
@@ -593,6 +593,16 @@ def test_values_that_are_no_rank(rank, error, message):
     for use in (check_rank, lambda rank: ranks_by_path(VIEWS, rank)):
         with pytest.raises(error, match=message):
             use(rank)
+
+
+def test_describe_and_optimizers_project_the_same():
+    """Half of the longer side is more than the shorter one, which says whether a matrix is too small."""
+    params = shaped(up=(24, 64), tiny=(8, 64))
+    report = memory_report(low_rank_muon(0.1, rank=0.5), params)
+    assert [report.groups[path].projected for path in ("up", "tiny")] == [True, False]
+    lines = str(describe(params, rank=0.5, side="long"))
+    assert "rank 24" in lines
+    assert lines.count("min(m, n) <= rank") == 1
 
 
 def test_describe_shows_ranks_that_differ():

@@ -34,18 +34,18 @@ def adarankgrad(
 
     W ← W − η (α P N + λ W), N the step of `scale_by_rotated_adam`, P with as many columns as `adaptive_rank` says.
     Inside jit the rank is a mask; `compact` between steps releases the memory of unused columns. State at active rank
-    r: m·r + 2·n·r + r floats a matrix.
+    r: m·r + 2·n·r + r floats a matrix. Of the options, `rank` is the cap, and `fit` is what `adaptive_rank` wraps.
 
     Args:
       learning_rate: η, a number or a schedule.
-      **options: see `Options`. Here `rank` is the cap, and `fit` is what `adaptive_rank` wraps.
+      **options: see `Options`.
       max_residual_energy: share of ‖G‖² that the basis may lose. (The authors' code bounds the root: its 0.2 is 0.04.)
       min_rank, rank_step: the ranks that are tried.
       on_convergence: also refit a matrix when its projected gradient has shrunk: the threshold of
         `optax_lowrank.on_convergence`, or a refresh policy in place of the interval. Off by default.
 
     Returns:
-      A transformation.
+      A transformation. Updates have the gradients' shapes and dtypes.
 
     Raises:
       TypeError, ValueError: an option is wrong, or two of them contradict each other.

@@ -62,16 +62,17 @@ def apollo(
     """APOLLO: SGD-like memory with a learning rate for every column, as Adam in a random subspace would have it.
 
     W ← W − η (α G diag(φ) + λ W), φ_j = ‖N_j‖ / ‖R_j‖ with N = Adam(PᵀG), the norm of the update growing by at most a
-    factor γ a step. State: 2·n·r floats a matrix and one more; the basis is made from a seed.
+    factor γ a step. State: 2·n·r floats a matrix and one more. Of the options, `fit` is `seeded()` by
+    default, the paper's random projection, and `scale` multiplies the whole update.
 
     Args:
       learning_rate: η, a number or a schedule.
       per: "column" (APOLLO) or "matrix" (APOLLO-Mini, good at rank 1).
       limit: γ.
-      **options: see `Options`. Here `fit` is `seeded()` by default, the paper's random projection.
+      **options: see `Options`.
 
     Returns:
-      A transformation.
+      A transformation. Updates have the gradients' shapes and dtypes.
 
     Raises:
       TypeError, ValueError: an option is wrong, or asks for two sides or accumulation; dimension numbers do not fit

@@ -72,7 +72,7 @@ def fira(
       residual_scale: β. 1 is how the published tables were made; the paper's text has β = α.
 
     Returns:
-      A transformation.
+      A transformation. Updates have the gradients' shapes and dtypes.
 
     Raises:
       TypeError, ValueError: an option is wrong, or asks for two sides or accumulation; dimension numbers do not fit

@@ -47,7 +47,7 @@ def galore(
       **options: see `Options`.
 
     Returns:
-      A transformation.
+      A transformation. Updates have the gradients' shapes and dtypes.
 
     Raises:
       TypeError, ValueError: an option is wrong; dimension numbers do not fit (`init`).

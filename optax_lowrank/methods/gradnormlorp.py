@@ -202,11 +202,12 @@ def gradnormlorp(
     """GradNormLoRP: weight normalisation, and a two-sided projection of the direction's gradient.
 
     W' = M' V' / ‖V'‖ with V' = W − η α U N Kᵀ, N = Adam(Uᵀ D_V K) of r × r, and M' = M − η (Adam(D_M) + λ M), one
-    magnitude a unit of output. State: (m + n)·r + 2·r² + 2·(units of output) floats a matrix.
+    magnitude a unit of output. State: (m + n)·r + 2·r² + 2·(units of output) floats a matrix. Of the options,
+    `scale` is of the direction's step only, and `weight_decay` acts on magnitudes.
 
     Args:
       learning_rate: η, a number or a schedule.
-      **options: see `Options`. Here `scale` is of the direction's step only, and `weight_decay` acts on magnitudes.
+      **options: see `Options`.
       two_sided: project both sides; otherwise one, `side`, with moments of r × n.
       basis_bits: 8 or 4 keeps bases in codes of so many bits, orthonormal again where they are used (`InCodes`).
 
@@ -214,7 +215,7 @@ def gradnormlorp(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TypeError, ValueError: an option is wrong; `update` without `params`.
+      TypeError, ValueError: an option is wrong; dimension numbers do not fit (`init`); `update` without `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_lowrank as ol

@@ -154,21 +154,24 @@ def low_rank_muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon whose momentum lives in a random subspace of the longer side: r floats for each row of the shorter one.
 
-    M = β P C + (1 − β) G, W ← W − η (s O(M) + λ W); O is Newton–Schulz, s Muon's scale for the shape. At full rank this
-    is `optax.contrib.muon`.
+    M = β P C + (1 − β) G, W ← W − η (s O(M) + λ W); O is Newton–Schulz, s Muon's scale for the shape. With a basis
+    of the whole side it is `optax.contrib.muon`'s step.
+
+    Of the options, `fit` is `seeded()`, `update_proj_gap` is 20, the steps that the momentum reaches back, `side` is
+    "long", and b1, b2, eps are of the dense leaves; the momentum always turns with its basis, whatever
+    `rotate_moments`. With `fit=subspace_iteration()` and `update_proj_gap=1` the basis follows the momentum, and both
+    are stored.
 
     Args:
-      learning_rate: η, a number or a schedule; 0.02 is Muon's usual.
-      **options: see `Options`. Here `fit` is `seeded()`, `update_proj_gap` is 20, the steps that the momentum reaches
-        back, `side` is "long", and b1, b2, eps are of the dense leaves. With `fit=subspace_iteration()` and
-        `update_proj_gap=1` the basis follows the momentum, and both are stored.
+      learning_rate: η, a number or a schedule; 0.02 is Muon's usual, in 4 bits 0.04 was better.
+      **options: see `Options`.
       beta: β of the momentum.
       nesterov: look one step ahead.
       ns_steps: Newton–Schulz iterations.
       consistent_rms: κ scales updates by κ √max(inputs, outputs) instead of √max(1, outputs / inputs).
 
     Returns:
-      A transformation.
+      A transformation. Updates have the gradients' shapes and dtypes.
 
     Raises:
       TypeError, ValueError: an option is wrong, or asks for two sides or accumulation; dimension numbers do not fit

@@ -50,7 +50,7 @@ def scale_by_woodbury_fisher(
     Args:
       history: s ≥ 1, stored gradients with the current one: s floats for each number in the gradient, where Adam
         keeps two. (The paper claims no memory.)
-      damping: λ > 0, in units of a squared gradient norm; below about 1e-6 of the mean of the stored ‖g‖² (float32)
+      damping: λ ≥ 0, in units of a squared gradient norm; below about 1e-6 of the mean of the stored ‖g‖² (float32)
         it is raised to that, since repeated gradients would make the Gram matrix singular.
       relative_damping: count λ in units of the mean of the stored ‖g‖² instead, so that it has no scale.
       history_dtype: dtype of the stored gradients: default theirs; `jnp.bfloat16`; or `jnp.int8`, one scale a row.
@@ -63,7 +63,8 @@ def scale_by_woodbury_fisher(
       A transformation with updates of the gradients' shapes and dtypes.
 
     Raises:
-      ValueError: history < 1, damping < 0, `on_refresh` unknown; an int8 history of a scalar (`init`).
+      TypeError, ValueError: history < 1, damping < 0, `history_dtype` no dtype of floats or int8, `on_refresh` unknown;
+        an int8 history of a scalar (`init`).
 
     Example:
       >>> import jax.numpy as jnp, optax_lowrank as ol
@@ -208,7 +209,7 @@ def natural_galore(
       precondition: the "gradient", before Adam, as in the paper; or Adam's "step", whose history is then kept.
 
     Returns:
-      A transformation.
+      A transformation. Updates have the gradients' shapes and dtypes.
 
     Raises:
       TypeError, ValueError: an option is wrong; dimension numbers do not fit (`init`).
