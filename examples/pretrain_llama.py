@@ -22,7 +22,7 @@ there than where a finished one ended.
 `--layerwise` updates each layer inside the backward pass, so that the gradients of one layer live at a time:
 the same steps, except that `--clip` clips each layer, and what is around the layers, by its own norm.  All
 optimizers but contrib-galore do this, and all options but two: `--compact-every`, as all layers of a stack have
-the same shapes, and `--accumulate` where the sums would be gradients of all layers (fira and the baselines).
+the same shapes, and `--accumulate` with the baselines, whose sums would be gradients of all layers.
 
 `--mesh` trains on several devices, `--distributed` or `--coordinator` in several processes, which share `--out`;
 `lib/devices.py` says what lies where.  A checkpoint of any mesh and number of processes is continued by any other.

@@ -108,7 +108,8 @@ def add_training(p: argparse._ArgumentGroup) -> None:
         type=int,
         default=1,
         metavar="K",
-        help="take the batch in K micro-batches, whose gradients are summed, in the subspace where that can be",
+        help="take the batch in K micro-batches, whose gradients are summed, in the subspace where there is one; "
+        "not with fira, apollo and low_rank_muon, which need whole gradients",
     )
     p.add_argument("--seq-len", type=int, default=128)
     p.add_argument("--warmup", type=float, default=0.1, help="share of steps; cosine follows")

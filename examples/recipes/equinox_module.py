@@ -1,6 +1,6 @@
 """Equinox: the optimizer sees the arrays of a module, `eqx.filter(model, eqx.is_inexact_array)`.
 
-    pip install optax_lowrank equinox     # run with equinox 0.13.8, jax 0.10.2
+    pip install -e . equinox     # run with equinox 0.13.8, jax 0.10.2
 
 The model learns the beginning of this page by heart. Equinox keeps weights as (out, in): the library knows its layers
 by their class, so that `describe` shows the axis that a layer sums over first. A weight in a class of your own is taken

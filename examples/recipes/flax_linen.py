@@ -1,6 +1,6 @@
 """Flax Linen: any optimizer of this library is the `tx` of a `TrainState`.
 
-    pip install optax_lowrank flax        # run with flax 0.12.8, jax 0.10.2
+    pip install -e . flax        # run with flax 0.12.8, jax 0.10.2
 
 The model learns the beginning of this page by heart. Its two layers are scanned, so that each kernel is a stack: every
 layer has a basis of its own. `describe` shows the layer axis as b.

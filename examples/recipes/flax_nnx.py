@@ -1,6 +1,6 @@
 """Flax NNX: any optimizer of this library goes into `nnx.Optimizer` as it is.
 
-    pip install optax_lowrank flax        # run with flax 0.12.8, jax 0.10.2
+    pip install -e . flax        # run with flax 0.12.8, jax 0.10.2
 
 The model learns the beginning of this page by heart. `nnx.Optimizer` boxes the state's arrays as variables; the reports
 of the library look into the boxes.

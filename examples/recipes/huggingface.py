@@ -1,6 +1,6 @@
 """Hugging Face checkpoints: a Llama in `safetensors`, trained as a Flax tree and written back.
 
-    pip install optax_lowrank flax safetensors     # run with safetensors 0.8.0, jax 0.10.2
+    pip install -e . flax safetensors     # run with safetensors 0.8.0, jax 0.10.2
 
 `transformers` 5 has no Flax models, but its checkpoints are read without it: a file keeps `q_proj.weight` as (out, in),
 Flax keeps `q_proj/kernel` as (in, out), and the rest of the name is the path. This page makes a tiny random checkpoint

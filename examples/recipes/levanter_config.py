@@ -1,7 +1,7 @@
 """Levanter: register an `OptimizerConfig`, and `optimizer: {type: fira, rank: 128}` in a YAML file builds it.
 
     pip install --pre marin-levanter jax==0.10.2    # Python 3.12; run with marin-levanter 0.2.227.dev40316220070
-    pip install optax_lowrank                       # takes optax 0.2.8 against Levanter's pin, which works
+    pip install -e .                                # takes optax 0.2.8 against Levanter's pin, which works
 
 A named array is one leaf, and the layers of Haliax say which of its axes are `In` and which are `Out`: `describe` shows
 queries of (layer, kv_head, q_heads_per_group, head_size, embed) as a stack of (embed, all heads), and `out_first` makes

@@ -1,6 +1,6 @@
 """MaxText: replace the function that makes its optimizers. MaxText's training has NOT been run with it.
 
-    pip install optax_lowrank maxtext      # Python 3.12; and MaxText's own requirements
+    pip install -e . maxtext      # Python 3.12; and MaxText's own requirements
 
 Its trainers, but for reinforcement learning, call `optimizers.get_optimizer`: `patch` it before, with `opt_type=adamw`.
 

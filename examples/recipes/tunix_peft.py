@@ -1,6 +1,6 @@
 """Tunix: the optimizer is an argument of `PeftTrainer`, which trains all weights of a model without LoRA.
 
-    pip install optax_lowrank google-tunix    # run with google-tunix 0.1.7, flax 0.12.8, jax 0.10.2
+    pip install -e . google-tunix    # run with google-tunix 0.1.7, flax 0.12.8, jax 0.10.2
 
 With LoRA the trainer shows the optimizer nothing but the thin factors: project the whole weights instead. The model is
 Tunix's Llama 3, tiny and random, and learns the beginning of this page. `inject_hyperparams` is how Tunix finds the
