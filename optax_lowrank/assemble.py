@@ -12,7 +12,7 @@ from optax_lowrank import checks
 from optax_lowrank.classify import Rank, axes_by_path, describe, ranks_by_path, views_by_path
 from optax_lowrank.low_rank import low_rank_states
 from optax_lowrank.refresh import positions
-from optax_lowrank.rules import wide
+from optax_lowrank.rules import OfRuleState, put_back, wide
 from optax_lowrank.views import flatten_by_path
 from optax_lowrank.walls import AxisName, mean_over
 
@@ -234,7 +234,8 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 def _guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Skips leaves whose gradient is not finite: zero update, state as before.
 
-    What belongs to a leaf is told by structure: the subtrees of the state that are trees like the gradients.
+    What belongs to a leaf is told by structure: the subtrees of the state that are trees like the gradients, and the
+    states of rules, which are kept by path.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -245,12 +246,16 @@ def _guarded(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         out = jax.tree.map(lambda ok, u: jnp.where(ok, u, jnp.zeros_like(u)), finite, out)
         shape = jax.tree.structure(updates)
         like_updates = lambda node: jax.tree.structure(node) == shape
+        of_rule = lambda node: isinstance(node, OfRuleState) and isinstance(node.leaves, dict)
+        by_path, _ = flatten_by_path(finite)
 
         def keep(new, old):
-            if not like_updates(new):
-                return new
-            return jax.tree.map(lambda ok, x, y: jnp.where(ok, x, y), finite, new, old)
+            if of_rule(new):
+                kept = {p: put_back(ok, new.leaves[p], old.leaves[p]) for p, ok in by_path.items()}
+                return new._replace(leaves=kept)
+            return jax.tree.map(put_back, finite, new, old) if like_updates(new) else new
 
-        return out, jax.tree.map(keep, new, state, is_leaf=like_updates)
+        whole = lambda node: like_updates(node) or of_rule(node)
+        return out, jax.tree.map(keep, new, state, is_leaf=whole)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

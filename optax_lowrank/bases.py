@@ -124,7 +124,7 @@ class _DCT:
 
     def init(self, m, r, dtype):
         del m, dtype
-        return jnp.zeros((1, r), jnp.int32)
+        return jnp.full((1, r), -1, jnp.int32)  # no column
 
     def refit(self, key, G, P):
         del key
@@ -135,7 +135,8 @@ class _DCT:
 
     def read(self, stored, key, m, r, dtype):
         del key, r
-        return linalg.dct_columns(m, stored[0], dtype)
+        J = stored[0]
+        return jnp.where(J >= 0, linalg.dct_columns(m, jnp.maximum(J, 0), dtype), 0)
 
 
 def dct() -> Basis:

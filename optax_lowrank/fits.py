@@ -201,7 +201,7 @@ def adaptive_rank(
       fit: any fit whose columns come strongest first.
       max_residual_energy: share of ‖G‖² that may be lost, in [0, 1].
       min_rank: smallest active rank; above the rank of the basis it means that rank.
-      rank_step: distance of the ranks that are tried.
+      rank_step: distance of the ranks that are tried. Both are rounded, as schedules have floats.
 
     Returns:
       A fit.
@@ -248,7 +248,8 @@ class _AdaptiveRank:
         kept = jnp.cumsum(jnp.sum(jnp.square(G.T @ P), axis=0))
         lost = 1 - kept / G.energy()  # NaN for G = 0, whose basis is zero at every rank
         ranks = jnp.arange(1, P.shape[1] + 1)
-        tried = (ranks >= self.min_rank) & ((ranks - self.min_rank) % self.rank_step == 0)
+        least, step = (jnp.maximum(jnp.round(x), 1) for x in (self.min_rank, self.rank_step))
+        tried = (ranks >= least) & ((ranks - least) % step == 0)
         enough = tried & (lost <= self.max_residual_energy)
         rank = jnp.where(jnp.any(enough), ranks[jnp.argmax(enough)], P.shape[1])
         return jnp.where(ranks <= rank, P, 0)

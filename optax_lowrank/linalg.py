@@ -410,7 +410,7 @@ def newton_schulz(X: jax.Array, steps: int = 5) -> jax.Array:
     take singular values above 1e-3 ‖X‖ into about [0.7, 1.2], not to 1.
 
     Args:
-      X: (m, n) matrix, any float dtype; products are in that dtype and precision.
+      X: (m, n) matrix, any float dtype; products are in that dtype and precision, of float16 in float32.
       steps: iterations.
 
     Returns:
@@ -425,6 +425,8 @@ def newton_schulz(X: jax.Array, steps: int = 5) -> jax.Array:
 
     Reference: Jordan et al., Muon, 2024, whose coefficients these are.
     """
+    if X.dtype == jnp.float16:  # which has no numbers for most norms
+        return newton_schulz(X.astype(jnp.float32), steps).astype(X.dtype)
     a, b, c = (jnp.asarray(x, X.dtype) for x in (3.4445, -4.7750, 2.0315))
     tall = X.shape[0] > X.shape[1]
     # or XLA keeps what X was before it was rounded, for the norm alone

@@ -301,7 +301,8 @@ def inject_hyperparams(
 
     Args:
       factory: an optimizer, such as `fira`.
-      hyperparam_dtype: as in `optax.inject_hyperparams`.
+      hyperparam_dtype: of the numbers in the state; default float32, or float64 where JAX has it. Optax's is that of
+        the first parameter, and in bfloat16 a b2 of 0.999 is 1.
 
     Returns:
       A factory with the same arguments, whose numbers may be schedules of the calls of `update` and live in the
@@ -338,7 +339,8 @@ def inject_hyperparams(
                 )
             if name != "learning_rate" and callable(value) and not _is_schedule(value):
                 static.add(name)  # a policy
-        inject = optax.inject_hyperparams(factory, tuple(static), hyperparam_dtype=hyperparam_dtype)
+        dtype = jax.numpy.result_type(float) if hyperparam_dtype is None else hyperparam_dtype
+        inject = optax.inject_hyperparams(factory, tuple(static), hyperparam_dtype=dtype)
         return inject(*bound.args, **bound.kwargs)
 
     injected.__signature__ = signature

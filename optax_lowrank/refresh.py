@@ -80,7 +80,7 @@ class every:
     """Refresh policy: at every n-th update, from update 0 on.
 
     Args:
-      n: updates between refits of a matrix, ≥ 1; may be traced.
+      n: updates between refits of a matrix, ≥ 1; may be traced, and is rounded, as schedules have floats.
       stagger: give each matrix (each layer of a stack) a phase of its own, so that no step refits them all. The first
         fit is at update 0 all the same. Phases follow the order of the leaves.
 
@@ -104,10 +104,13 @@ class every:
 
     def __call__(self, count, stats):
         """() bool, or (k,) if staggered."""
+        n = self.n
+        if not checks.is_integer(n):
+            n = jnp.maximum(jnp.round(n), 1).astype(jnp.int32)
         if not self.stagger:
-            return count % self.n == 0
+            return count % n == 0
         k = stats.last_fit.size
-        return (count + jnp.arange(k, dtype=jnp.int32) * self.n // k) % self.n == 0
+        return (count + jnp.arange(k, dtype=jnp.int32) * n // k) % n == 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,8 +162,9 @@ def _active(basis, last_fit):
 
 
 def used_columns(basis: jax.Array) -> jax.Array:
-    """Which columns of a basis (b, ·, r) are used, (b, r) bool: all of a DCT, which keeps their numbers."""
-    return jnp.any((basis != 0) | jnp.issubdtype(basis.dtype, jnp.integer), axis=1)
+    """Which columns of a basis (b, ·, r) are used, (b, r) bool; a DCT keeps their numbers, −1 for none."""
+    is_number = jnp.issubdtype(basis.dtype, jnp.integer)
+    return jnp.any(basis >= 0 if is_number else basis != 0, axis=1)
 
 
 def _batch(path, leaf):

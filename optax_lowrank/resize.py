@@ -35,7 +35,8 @@ def resize(
       params: parameters, or their `jax.ShapeDtypeStruct`s.
       rank: for every projected leaf, or by path as in `diagnostics` (leaves that are not named keep theirs), clipped to
         min(m, n) of the leaf. The matrices of a stacked leaf share it, and so do both sides of a two-sided
-        projection. The rank that `tx` was made with is no limit.
+        projection. The rank that `tx` was made with is no limit. Two sides in 4 bits take even ranks, and what is new
+        of a second moment begins at a sixteenth of the largest in its block.
 
     Returns:
       A state for `tx.update`, placed like the old one.
@@ -270,9 +271,14 @@ def _check_axes(state, target, old, new):
                 if "/block_scale/" in name:  # the last axis counts blocks
                     allowed.add((x.shape[-1], y.shape[-1]))
                 if x.ndim != y.ndim or x.dtype != y.dtype or not set(changed) <= allowed:
+                    remedy = (
+                        "a rule that keeps the axes of (r, n), or begin with a new state: `tx.init`"
+                    )
+                    if x.dtype != y.dtype:
+                        remedy = "an even rank, as pairs of 4-bit codes share a byte"
                     raise ValueError(
                         f"{path}: {name!r} goes from shape {x.shape} to {y.shape} with the rank, so its entries change "
-                        "their meaning. Use a rule that keeps the axes of (r, n), or begin with a new state: `tx.init`."
+                        f"their meaning. Use {remedy}."
                     )
 
 

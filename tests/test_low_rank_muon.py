@@ -153,6 +153,16 @@ def test_bad_gradients():
     assert (norms[[0, 2, 3]] > 0.1).all()
 
 
+@pytest.mark.parametrize("size", [0.0, 3e3])
+def test_float16(size):
+    """It has no numbers for 1e-8, nor for the norm of large gradients."""
+    G = jnp.asarray(size * normal(1, 16, 24)[0], jnp.float16)
+    update, _ = ol.orthogonalize().update({"w": G}, optax.EmptyState())
+    want, _ = ol.orthogonalize().update({"w": G.astype(jnp.float32)}, optax.EmptyState())
+    assert update["w"].dtype == jnp.float16
+    np.testing.assert_allclose(update["w"], want["w"], rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

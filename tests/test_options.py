@@ -203,6 +203,27 @@ def test_a_schedule_is_followed():
         np.testing.assert_allclose(got["kernel"], want["kernel"] - 0.1 * t, rtol=0, atol=1e-5)
 
 
+def test_numbers_are_float32_beside_bfloat16_weights():
+    """In bfloat16 b2 = 0.999 is 1, and Adam divides by zero."""
+    params = {"kernel": jnp.asarray(NOISE[0], jnp.bfloat16)}
+    tx = ol.inject_hyperparams(ol.galore)(0.1, rank=2)
+    updates, state = tx.update(params, tx.init(params), params)
+    assert state.hyperparams["b2"].dtype == jnp.float32
+    assert jnp.all(jnp.any(updates["kernel"] != 0, axis=0))
+
+
+def test_a_schedule_of_the_interval_is_rounded():
+    make = ol.inject_hyperparams(ol.galore)
+    gap = optax.piecewise_constant_schedule(2.3, {6: 1.3})  # 2 of six updates, then 3
+    tx = make(0.1, rank=2, update_proj_gap=gap, fit=ol.gaussian())
+    params = {"kernel": jnp.asarray(NOISE[0])}
+    state, update, fits = tx.init(params), jax.jit(tx.update), []
+    for _ in range(10):
+        _, state = update(params, state, params)
+        fits.append(int(low_rank_state(state).stats.last_fit[0]))
+    assert sorted(set(fits)) == [0, 2, 4, 6, 9]
+
+
 NOISE = np.random.default_rng(0).standard_normal((3, 6, 8)).astype(np.float32)
 
 

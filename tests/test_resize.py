@@ -247,6 +247,21 @@ def test_columns_of_a_dct():
     np.testing.assert_array_equal(basis(smaller), basis(state)[..., :2])
     _, after, _ = run(tx, params, [params], smaller)
     assert shapes(after) == shapes(smaller)
+    larger = ol.resize(tx, state, params, 6)
+    assert basis(larger)[..., 4:].tolist() == [[[-1, -1]]]
+    assert ol.diagnostics(larger)["kernel"].rank.tolist() == [4]
+    (_, _, want), (_, _, got) = (run(tx, params, [params], at) for at in (state, larger))
+    assert_trees_close(got, want, 1e-6)
+
+
+def test_two_sides_in_four_bits_take_even_ranks():
+    """An odd row of codes has a byte each."""
+    params = {"kernel": jax.ShapeDtypeStruct((12, 20), jnp.float32)}
+    tx = ol.galore(0.01, rank=8, side="both", state_bits={"bits": 4, "min_size": 16})
+    state = jax.eval_shape(tx.init, params)
+    assert shapes(ol.resize(tx, state, params, 6))
+    with pytest.raises(ValueError, match="Use an even rank, as pairs of 4-bit codes share a byte"):
+        ol.resize(tx, state, params, 5)
 
 
 def test_bases_that_are_not_stored_have_no_rank_to_change():

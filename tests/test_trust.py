@@ -14,10 +14,12 @@ from flax import linen as nn, nnx
 from jax.sharding import AxisType, PartitionSpec as P
 
 import optax_lowrank as ol
+from optax_lowrank.rules import OfRuleState
 
 from .helpers import (
     OPTIMIZERS,
     assert_trees_close,
+    assert_trees_equal,
     compiled_step,
     low_rank_state,
     normal_tree,
@@ -217,6 +219,25 @@ def test_a_skipped_leaf_does_not_decay(row):
     assert jnp.all(jnp.any(update["stack"][0] != 0, axis=1))
     assert jnp.all(update["other"] != 0)
     assert ol.diagnostics(state)["stack"].skips.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_skipped_dense_leaf_keeps_its_codes(accumulate):
+    bits = {"bits": 8, "min_size": 16}
+    tx = ol.galore(0.1, rank=2, fit=ol.svd(), state_bits=bits, accumulate=accumulate)
+    params = {"kernel": normal((6, 8)), "vector": normal(40), "other": normal(40)}
+    good = jax.tree.map(jnp.ones_like, params)
+    bad = good | {"vector": good["vector"].at[4].set(jnp.nan)}
+    _, before, _ = run(tx, params, [good] * accumulate)
+    _, after, updates = run(tx, params, [bad] * accumulate, before)
+    assert not any(jnp.any(update["vector"]) for update in updates)
+    assert jnp.all(updates[-1]["other"] != 0)
+    find = lambda state: [x for x in jax.tree.leaves(state, is_leaf=is_codes) if is_codes(x)]
+    is_codes = lambda x: isinstance(x, OfRuleState) and "vector" in x.leaves
+    (old,), (new,) = find(before), find(after)
+    assert_trees_equal(new.leaves["vector"].inner.mu, old.leaves["vector"].inner.mu)
+    assert_trees_equal(new.leaves["vector"].block_scale, old.leaves["vector"].block_scale)
+    assert jnp.any(new.leaves["other"].block_scale["mu"] != old.leaves["other"].block_scale["mu"])
 
 
 @every_row
