@@ -233,14 +233,14 @@ class _Core:
             return alone.step(updates, state, params, **extra)
         # `optax.contrib.sam` interpolates states, which makes ints of bools
         pending = state.stats.pending.astype(bool) | self.refresh(state.count, state.stats)
-        new = refit(self.setup, state.count, matrices, pending, places)
+        new, fitted = refit(self.setup, state.count, matrices, pending, places)
 
         update_leaf = functools.partial(self.update_leaf, told)
         if isinstance(state.count, jax.core.Tracer):
             update_leaf = jax.jit(update_leaf)  # traced once for leaves that are alike
         out, leaves, numbers, before = {}, {}, {}, None
         for path, matrix in matrices.items():
-            refreshed = new.stored[path], new.turn[path], new.fitted[places[path]]
+            refreshed = new.stored[path], new.turn[path], fitted[path]
             with checks.noted(_note(path, matrix.view)):
                 out[path], leaves[path], numbers[path], before = update_leaf(
                     matrix, *refreshed, before
