@@ -127,7 +127,8 @@ def refit(
     for path in places:
         x = matrices[path]
         groups[x.view.m, x.view.n, x.rank, x.gradient.dtype].append(path)
-    stored, turns, of_leaf, order, fitted, energy = {}, {}, {}, [], [], []
+    stored, turns, by_leaf = {}, {}, {}
+    order, fitted, energy = [], [], []
     for paths in groups.values():
         group = [matrices[path] for path in paths]
         # one gather, where a slice for each leaf would be so many programs
@@ -136,12 +137,12 @@ def refit(
         stored |= dict(zip(paths, done.stored, strict=True))
         for path, place in positions({path: matrices[path].view.batch for path in paths}).items():
             turns[path] = jax.tree.map(lambda x, place=place: x[place], done.turn)
-            of_leaf[path] = done.fitted[place]
+            by_leaf[path] = done.fitted[place]
         fitted.append(done.fitted)
         energy.append(done.energy)
     back = np.argsort(np.concatenate(order))
     in_place = lambda of_groups: jnp.concatenate(of_groups)[back]
-    return Refit(stored, turns, in_place(fitted), in_place(energy)), of_leaf
+    return Refit(stored, turns, in_place(fitted), in_place(energy)), by_leaf
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that a step outside jit compiles it once

@@ -276,3 +276,13 @@ def test_state_has_the_size_of_the_active_rank():
         _, state, _ = run(tx, params, [params], state)
         state = ol.compact(tx, state, params, multiple_of=8 if rank == 32 else 1)
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_ranks_to_try_are_rounded():
+    """As what a schedule makes of them."""
+    G = jnp.diag(jnp.arange(8.0, 0.0, -1))
+    found = [
+        ol.adaptive_rank(ol.svd(), 0.1, *ranks)(jax.random.key(0), G, jnp.zeros((8, 8)))
+        for ranks in [(2, 3), (2.3, 2.6), (jnp.float32(1.8), jnp.float32(3.4))]
+    ]
+    assert [int(jnp.sum(jnp.any(P != 0, axis=0))) for P in found] == [5, 5, 5]
