@@ -59,7 +59,7 @@ def randomized_svd(oversample: int = 8, power_iterations: int = 1) -> Fit:
     vectors of Y. On a spectrum σ_k ∝ k^-0.7 one iteration keeps about 0.99 of the best possible energy.
 
     Args:
-      oversample: p ≥ 0, extra sketch columns; clipped so that r + p ≤ min(m, n).
+      oversample: p ≥ 0, extra sketch columns; clipped so that r + p ≤ min(m, n). A sketch as wide as G is G.
       power_iterations: ≥ 0; each costs two products with the gradient.
 
     Returns:
@@ -97,6 +97,9 @@ class _RandomizedSvd:
         G, rank = linalg.as_operator(G), P.shape[1]
         m, n = G.shape
         sketch = min(rank + self.oversample, m, n)
+        if sketch == n:
+            whole = G @ jnp.eye(n, dtype=G.dtype)
+            return linalg.left_singular_vectors(whole)[:, :rank]
 
         def iterate(i, state):
             _, Q = state

@@ -7,6 +7,7 @@ reflections. All arithmetic is float32 or wider, with products at `Precision.HIG
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,56 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+from optax_lowrank.walls import loop
+
+
+@jax.jit  # traced once for operands that are alike
+def matmul(A: jax.Array, B: jax.Array) -> jax.Array:
+    """A B in float32 or wider and to its last digits, in the form that compiles fast on each platform.
+
+    `Precision.HIGHEST`. On TPU that is six products of bfloat16 parts in one kernel, which takes XLA seconds to
+    compile; there it is the same six in a loop.
+
+    Args:
+      A: (..., m, k) float32 or float64.
+      B: (..., k, n), the same.
+
+    Returns:
+      (..., m, n).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_lowrank import linalg
+      >>> linalg.matmul(jnp.eye(2), jnp.array([[1.0], [2.0]])).tolist()
+      [[1.0], [2.0]]
+    """
+    exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    if A.dtype != jnp.float32:
+        return exact(A, B)
+    return lax.platform_dependent(A, B, tpu=_in_parts, default=exact)
+
+
+def _in_parts(A, B):
+    """A B as the six products of bfloat16 parts that float32 has digits for, the smallest first."""
+    i, j = jnp.array([(2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0)]).T
+
+    def add(k, C):
+        return C + jnp.matmul(_part(A, i[k]), _part(B, j[k]), preferred_element_type=C.dtype)
+
+    C = jax.eval_shape(jnp.matmul, A, B)
+    return loop(len(i), add, jnp.zeros(C.shape, C.dtype))
+
+
+def _part(X, i):
+    """One of three bfloat16 arrays whose sum is X to the last digit."""
+    first = _rounded(X)
+    second = _rounded(X - first)
+    parts = first, second, X - first - second
+    return lax.select_n(i, *parts).astype(jnp.bfloat16)
+
+
+def _rounded(X):
+    return lax.reduce_precision(X, exponent_bits=8, mantissa_bits=7)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -396,11 +446,25 @@ def dct_columns(m: int, index: jax.Array, dtype) -> jax.Array:
       True
     """
     row, k, period = 2 * jnp.arange(m, dtype=jnp.int32)[:, None] + 1, index[None, :], 4 * m
-    # (2i + 1) k mod 4m, in two steps, as the product may overflow; a cosine of it unreduced would lose its digits
-    low, high = k % 256, k // 256
-    angle = ((row * high % period) * 256 % period + row * low % period) % period
+
+    def reduced(turn):  # to about half a period; a remainder of integers is slow
+        return turn - period * jnp.round(turn.astype(jnp.float32) / period).astype(jnp.int32)
+
+    # (2i + 1) k in two steps, as the product may overflow
+    turn = jnp.abs(reduced(256 * reduced(row * (k // 256)) + row * (k % 256)))
     length = jnp.where(k == 0, (1 / m) ** 0.5, (2 / m) ** 0.5).astype(dtype)
-    return length * jnp.cos(angle.astype(dtype) * jnp.asarray(jnp.pi / (2 * m), dtype))
+    return length * _cos_turns(turn, period, jnp.dtype(dtype))
+
+
+def _cos_turns(turn, period, dtype):
+    """cos(2π turn / period) for integers from 0 to about period / 2."""
+    # `jnp.cos` takes any angle, and fused with what follows it takes XLA for TPUs a minute to compile
+    beyond = turn > period // 4
+    x = jnp.where(beyond, period // 2 - turn, turn).astype(dtype) * (2 * math.pi / period)
+    cos = jnp.ones_like(x)
+    for n in range(12 if dtype == jnp.float64 else 7, 0, -1):
+        cos = 1 - jnp.square(x) / ((2 * n - 1) * 2 * n) * cos
+    return jnp.where(beyond, -cos, cos)
 
 
 def newton_schulz(X: jax.Array, steps: int = 5) -> jax.Array:

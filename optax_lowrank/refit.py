@@ -225,12 +225,13 @@ def _gradient(setup, matrices, leaf, layer):
 
 def _divided(apply, scale, shape, dtype) -> LinearOperator:
     # in products the thin factor is divided: no copy of G, and XLA for TPUs makes half the program where it sees that a
-    # float32 G was bfloat16
+    # float32 G was bfloat16; not `linalg.matmul`, whose parts of G would be as large as G
+    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     return LinearOperator(
         shape,
         dtype,
-        lambda X: apply(matmul, X / scale),
-        lambda Y: apply(lambda G, Y: matmul(G.T, Y), Y / scale),
+        lambda X: apply(product, X / scale),
+        lambda Y: apply(lambda G, Y: product(G.T, Y), Y / scale),
         lambda: apply(lambda G: jnp.sum(jnp.square(G / scale))),
         lambda: apply(lambda G: G / scale),
     )

@@ -256,6 +256,14 @@ def test_a_sum_with_a_product_of_two_is_an_operator():
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_sketch_as_wide_as_the_matrix_is_the_matrix():
+    G = np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32)
+    sketch = ol.randomized_svd(oversample=2, power_iterations=0)
+    first, second = (sketch(jax.random.key(i), G, jnp.zeros((20, 4))) for i in range(2))
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, ol.svd()(KEY, G, jnp.zeros((20, 4))), atol=1e-4)
+
+
 def equations(jaxpr):
     for eqn in jaxpr.eqns:
         yield eqn
@@ -266,12 +274,15 @@ def equations(jaxpr):
 
 @pytest.mark.parametrize("name", FITS)
 def test_every_product_has_full_precision(name):
-    """The default is TF32 on a GPU and bfloat16 on a TPU."""
+    """The default is TF32 on a GPU and bfloat16 on a TPU; the products of bfloat16 parts there are exact."""
     jaxpr = jax.make_jaxpr(ol.adaptive_rank(FITS[name]))(KEY, jnp.ones((12, 20)), jnp.ones((12, 4)))
     found = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
     assert found
     highest = jax.lax.Precision.HIGHEST
-    assert all(eqn.params["precision"] == (highest, highest) for eqn in found)
+    wide = [eqn for eqn in found if eqn.invars[0].aval.dtype != jnp.bfloat16]
+    assert wide
+    assert all(eqn.params["precision"] == (highest, highest) for eqn in wide)
+    assert all(eqn.params["preferred_element_type"] == jnp.float32 for eqn in found)
 
 
 MAKERS = [

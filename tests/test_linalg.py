@@ -305,3 +305,18 @@ def test_push_through_weights_of_a_batch():
         call(push_through_weights, h.T @ h, *rest) for h, *rest in zip(H, e, damping, strict=True)
     ]
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_products_of_parts_have_the_digits_of_float32(batch):
+    """What TPUs are given; entries from 1e-8 to 1e8, so that a lost part would show."""
+    random = np.random.default_rng(0)
+    A, B = (
+        random.standard_normal((*batch, *shape)) * 10.0 ** random.uniform(-8, 8, shape[1:])
+        for shape in ((20, 30), (30, 10))
+    )
+    A, B = A.astype(np.float32), B.astype(np.float32)
+    got = jax.jit(linalg._in_parts)(A, B)
+    assert got.dtype == jnp.float32
+    A, B = A.astype(np.float64), B.astype(np.float64)
+    assert np.all(np.abs(got - A @ B) <= 1e-6 * (np.abs(A) @ np.abs(B)))
