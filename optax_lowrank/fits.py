@@ -98,8 +98,7 @@ class _RandomizedSvd:
         m, n = G.shape
         sketch = min(rank + self.oversample, m, n)
         if sketch == n:
-            whole = G @ jnp.eye(n, dtype=G.dtype)
-            return linalg.left_singular_vectors(whole)[:, :rank]
+            return linalg.left_singular_vectors(G.dense())[:, :rank]
 
         def iterate(i, state):
             _, Q = state

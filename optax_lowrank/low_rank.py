@@ -44,7 +44,7 @@ from optax_lowrank.refresh import (
 )
 from optax_lowrank.rules import Asked, Rule, as_rule, put_back, repeated, unturned, wide
 from optax_lowrank.views import flatten_by_path
-from optax_lowrank.walls import AxisName, after, entry, for_each, mean_over, put, vary_alike
+from optax_lowrank.walls import AxisName, after, mean_over, vary_alike
 
 Side = Literal["short", "long", "both"]
 
@@ -159,7 +159,7 @@ def low_rank(
     setup = Setup(
         basis=fit if hasattr(fit, "implicit") else Fitted(fit, basis_store),
         two_sided=side == "both",
-        turns=rule.turn is not unturned,
+        turn=None if rule.turn is unturned else rule.turn,
         axis_name=axis_name,
         recall=rule.recall,
         tangent=None if geometry is None else geometry.tangent,
@@ -240,7 +240,7 @@ class _Core:
             update_leaf = jax.jit(update_leaf)  # traced once for leaves that are alike
         out, leaves, numbers, before = {}, {}, {}, None
         for path, matrix in matrices.items():
-            refreshed = new.stored[path], new.turn[path], fitted[path]
+            refreshed = *new.leaves[path], fitted[path]
             with checks.noted(_note(path, matrix.view)):
                 out[path], leaves[path], numbers[path], before = update_leaf(
                     matrix, *refreshed, before
@@ -318,17 +318,16 @@ class _Core:
         stack = lambda size: repeated(one(size), (), dtype, (view.batch,))
         return TwoSided(stack(view.m), stack(view.n)) if self.setup.two_sided else stack(view.m)
 
-    def update_leaf(self, told, x: Matrix, stored, turn, fitted, before):
+    def update_leaf(self, told, x: Matrix, stored, rule, fitted, before):
         """The update of one leaf in the bases of this step, its new state, numbers, and what the next leaf waits for.
 
         Args:
           told: what rules are told besides.
           x: the leaf before the refresh.
-          stored, turn, fitted: of this refresh; turn is None if the rule does not ask.
+          stored, rule, fitted: of this refresh, the rule's state in the coordinates of the new bases.
           before: an array of the leaf before, for which this one waits, or None.
         """
         fold = lambda leaf: None if leaf is None else x.view.fold(leaf)
-        rule = self.turned(x.leaf.rule, turn, fitted)
 
         # folds, and hands on the rule's state, or those of all leaves would be folded and decoded first
         def project(gradient, weight, rule, *others):
@@ -341,13 +340,6 @@ class _Core:
         finish, G = jax.vmap(functools.partial(self.finish, x, told)), fold(x.gradient)
         U, rule, geometry, awaited, *numbers = finish(G, W, projected, rule, x.leaf.geometry)
         return x.view.unfold(U), Leaf(stored, rule, geometry), numbers, x.view.unfold(awaited)
-
-    def turned(self, state, turn, fitted):
-        """The state of a leaf's rule in the coordinates of the new bases, turned in place matrix by matrix."""
-        if not self.setup.turns:
-            return state
-        one = lambda i, state: put(state, i, self.rule.turn(entry(state, i), entry(turn, i)))
-        return for_each(fitted, one, state)
 
     # ---------------------------------------------------------------------------------------------------- one matrix
 

@@ -30,7 +30,7 @@ class Setup(NamedTuple):
 
     basis: Basis
     two_sided: bool
-    turns: bool  # are rotations wanted?
+    turn: Callable[[Any, Turn], Any] | None  # of the rule, if it looks at the basis
     axis_name: AxisName  # mesh axes along which gradients differ
     recall: Callable[[Any], jax.Array] | None  # of the rule
     tangent: Callable[..., Any] | None  # of the geometry
@@ -68,8 +68,7 @@ class Matrix:
 class Refit(NamedTuple):
     """Outcome of the refresh of one step."""
 
-    stored: dict[str, Any]  # (b, ...)
-    turn: dict[str, Turn | None]  # (b, r, r), zeros where nothing was fitted; None: nobody asks
+    leaves: dict[str, tuple[Any, Any]]  # (b, ...), basis and rule's state in it
     fitted: jax.Array  # (k,) bool
     energy: jax.Array  # (k,) float32, ‖G‖² where fitted
 
@@ -127,22 +126,22 @@ def refit(
     for path in places:
         x = matrices[path]
         groups[x.view.m, x.view.n, x.rank, x.gradient.dtype].append(path)
-    stored, turns, by_leaf = {}, {}, {}
+    leaves, by_leaf = {}, {}
     order, fitted, energy = [], [], []
     for paths in groups.values():
         group = [matrices[path] for path in paths]
         # one gather, where a slice for each leaf would be so many programs
         order.append(np.r_[tuple(places[path] for path in paths)])
         done = _refit_equal_shapes(setup, count, group, pending[order[-1]])
-        stored |= dict(zip(paths, done.stored, strict=True))
+        for path, (basis, rule) in zip(paths, done.leaves, strict=True):
+            leaves[path] = basis, rule if setup.turn else matrices[path].leaf.rule
         for path, place in positions({path: matrices[path].view.batch for path in paths}).items():
-            turns[path] = jax.tree.map(lambda x, place=place: x[place], done.turn)
             by_leaf[path] = done.fitted[place]
         fitted.append(done.fitted)
         energy.append(done.energy)
     back = np.argsort(np.concatenate(order))
     in_place = lambda of_groups: jnp.concatenate(of_groups)[back]
-    return Refit(stored, turns, in_place(fitted), in_place(energy)), by_leaf
+    return Refit(leaves, in_place(fitted), in_place(energy)), by_leaf
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that a step outside jit compiles it once
@@ -151,31 +150,29 @@ def _refit_equal_shapes(setup, count, matrices, pending) -> Refit:
     leaf_of = jnp.array([leaf for leaf, b in enumerate(batches) for _ in range(b)], jnp.int32)
     layer_of = jnp.array([layer for b in batches for layer in range(b)], jnp.int32)
     seeds = jnp.concatenate([x.seeds for x in matrices])
-    alike = matrices[0]
-    no_turn = _no_turn(setup, alike.rank, wide(alike.gradient))
 
     def one(i, done):
         leaf, layer = leaf_of[i], layer_of[i]
         gradient = _gradient(setup, matrices, leaf, layer)
-        recalled, old, last_fit = _load(setup, matrices, done.stored, leaf, layer)
-        keys = [_key(seeds[i], at) for at in (last_fit, count)]
-        stored, turn, good, energy = _fit_one(
-            setup, alike, gradient, recalled, old, last_fit, count, keys, no_turn
-        )
-        written = put_in(done.stored, jnp.where(good, leaf, -1), layer, stored)
-        return Refit(written, *put(done[1:], i, (turn, good, energy)))
+        loaded = _load(setup, matrices, done.leaves, leaf, layer)
+        keys = [_key(seeds[i], at) for at in (loaded.last_fit, count)]
+        new, good, energy = _fit_one(setup, matrices[0], gradient, loaded, count, keys)
+        written = put_in(done.leaves, jnp.where(good, leaf, -1), layer, new)
+        return Refit(written, *put(done[1:], i, (good, energy)))
 
     k = len(leaf_of)
-    turns = jax.tree.map(lambda x: jnp.tile(x, (k, 1, 1)), no_turn)
-    stored = tuple(x.leaf.basis for x in matrices)
-    start = Refit(stored, turns, jnp.zeros(k, bool), jnp.zeros(k, jnp.float32))
+    leaves = tuple((x.leaf.basis, x.leaf.rule if setup.turn else ()) for x in matrices)
+    start = Refit(leaves, jnp.zeros(k, bool), jnp.zeros(k, jnp.float32))
     return for_each(pending, one, start)
 
 
-def _no_turn(setup, r, dtype) -> Turn | None:
-    if not setup.turns:
-        return None
-    return Turn(jnp.zeros((r, r), dtype), jnp.zeros((r, r), dtype) if setup.two_sided else None)
+class _Loaded(NamedTuple):
+    """Of one matrix, before its refit."""
+
+    recalled: jax.Array | None  # (r, n), of its rule
+    basis: Any
+    rule: Any  # its state, if it turns
+    last_fit: jax.Array
 
 
 def _pick(leaf, branches, *operands):
@@ -183,19 +180,19 @@ def _pick(leaf, branches, *operands):
     return lax.switch(leaf, branches, *operands) if len(branches) > 1 else branches[0](*operands)
 
 
-def _load(setup, matrices, stored, leaf, layer):
-    """Of one matrix what its rule recalls, its basis, its last fit."""
-
-    def of(x, stored):
+def _load(setup, matrices, leaves, leaf, layer) -> _Loaded:
+    def of(x, written):
         def read():
             recalled = None
+            basis, rule = entry(written, layer)
             if setup.recall:
-                recalled = setup.recall(entry(x.leaf.rule, layer)).astype(wide(x.gradient))
-            return recalled, entry(stored, layer), x.last_fit[layer]
+                state = rule if setup.turn else entry(x.leaf.rule, layer)
+                recalled = setup.recall(state).astype(wide(x.gradient))
+            return _Loaded(recalled, basis, rule, x.last_fit[layer])
 
         return read
 
-    return _pick(leaf, [of(x, old) for x, old in zip(matrices, stored, strict=True)])
+    return _pick(leaf, [of(x, old) for x, old in zip(matrices, leaves, strict=True)])
 
 
 def _gradient(setup, matrices, leaf, layer):
@@ -237,12 +234,12 @@ def _divided(apply, scale, shape, dtype) -> LinearOperator:
     )
 
 
-def _fit_one(setup, x, gradient, recalled, old, last_fit, count, keys, no_turn):
-    """(stored, turn, good, ‖G‖²) of one matrix; not good if the gradient is unusable or the basis is none."""
+def _fit_one(setup, x, gradient, loaded, count, keys):
+    """((basis, rule), good, ‖G‖²) of one matrix; not good if the gradient is unusable or the basis is none."""
     view, r, dtype = x.view, x.rank, wide(x.gradient)
-    old_key, key = keys
+    (old_key, key), recalled = keys, loaded.recalled
     read = functools.partial(_read, setup, view, r, dtype)
-    P, K = read(old, old_key, last_fit)
+    P, K = read(loaded.basis, old_key, loaded.last_fit)
     largest = gradient(lambda G: jnp.max(jnp.abs(G)))
     if recalled is not None:
         recalled = recalled if K is None else matmul(recalled, K.T)
@@ -262,13 +259,15 @@ def _fit_one(setup, x, gradient, recalled, old, last_fit, count, keys, no_turn):
             R_T = unit.T @ setup.basis.read(new, key, view.m, r, dtype)
             other, good_K = setup.basis.refit(jax.random.fold_in(key, 1), R_T, K)
             new, good = TwoSided(new, other), good & good_K
-        return new, turn(new), good, jnp.where(good, energy, 0)
+        return (new, turned(new)), good, jnp.where(good, energy, 0)
 
-    def turn(new):
-        if not setup.turns:
-            return None
+    def turned(new):
+        if not setup.turn:
+            return ()
         P_new, K_new = read(new, key, count)
-        return Turn(matmul(P_new.T, P), None if K is None else matmul(K_new.T, K))
+        turn = Turn(matmul(P_new.T, P), None if K is None else matmul(K_new.T, K))
+        return setup.turn(loaded.rule, turn)
 
-    nothing = jax.tree.map(jnp.zeros_like, old), no_turn, jnp.bool_(False), jnp.float32(0)
+    as_they_were = loaded.basis, loaded.rule
+    nothing = jax.tree.map(jnp.zeros_like, as_they_were), jnp.bool_(False), jnp.float32(0)
     return cond(usable, fit, lambda: nothing)
