@@ -2,7 +2,7 @@
 
 Nothing here factorizes anything as tall as a gradient. A sharded m × n gradient therefore needs only
 all-reduces of r × r Gram matrices, and an accelerator sees matrix products instead of Householder
-reflections. All arithmetic is float32 or wider, with products at `Precision.HIGHEST`.
+reflections. All arithmetic is float32 or wider, and so are products (`matmul`).
 """
 
 import dataclasses
@@ -64,6 +64,7 @@ def _part(X, i):
 
 
 def _rounded(X):
+    # a cast to bfloat16 and back XLA may leave out
     return lax.reduce_precision(X, exponent_bits=8, mantissa_bits=7)
 
 
@@ -461,7 +462,7 @@ def _cos_turns(turn, period, dtype):
     # `jnp.cos` takes any angle, and fused with what follows it takes XLA for TPUs a minute to compile
     beyond = turn > period // 4
     x = jnp.where(beyond, period // 2 - turn, turn).astype(dtype) * (2 * math.pi / period)
-    cos = jnp.ones_like(x)
+    cos = jnp.ones_like(x)  # its series to where the next term is below the last digit
     for n in range(12 if dtype == jnp.float64 else 7, 0, -1):
         cos = 1 - jnp.square(x) / ((2 * n - 1) * 2 * n) * cos
     return jnp.where(beyond, -cos, cos)

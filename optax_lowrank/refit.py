@@ -1,4 +1,4 @@
-"""How bases are refit: one compiled program per distinct folded shape, one matrix after the other.
+"""How bases are refit and states turned with them: one compiled program a folded shape, one matrix after the other.
 
 Compile time does not grow with the number of layers, and never more than one matrix is copied out of its leaf. The
 question "refit now?" is only ever looked at as a scalar inside a loop: a batched predicate would turn `lax.cond` into
@@ -268,6 +268,5 @@ def _fit_one(setup, x, gradient, loaded, count, keys):
         turn = Turn(matmul(P_new.T, P), None if K is None else matmul(K_new.T, K))
         return setup.turn(loaded.rule, turn)
 
-    as_they_were = loaded.basis, loaded.rule
-    nothing = jax.tree.map(jnp.zeros_like, as_they_were), jnp.bool_(False), jnp.float32(0)
-    return cond(usable, fit, lambda: nothing)
+    nothing = jax.tree.map(jnp.zeros_like, (loaded.basis, loaded.rule))
+    return cond(usable, fit, lambda: (nothing, jnp.bool_(False), jnp.float32(0)))
