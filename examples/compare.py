@@ -201,6 +201,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str] | None = None) -> list[Entry]:
     args, options = parse(argv)
     contenders = [parse_contender(text) for text in args.optimizers]
+    for contender in contenders:  # a wrong option ends this here, not hours later
+        parse_run(Run(contender, contender.rates[0], args.seeds[0]).argv(options))
     total = sum(len(c.rates) for c in contenders) + (len(args.seeds) - 1) * len(contenders)
     every = [Run(c, lr, seed) for c in contenders for lr in c.rates for seed in args.seeds]
     finished = lambda run: (args.out / run.folder / "result.json").exists()

@@ -144,6 +144,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--rank", type=int, nargs="+", default=[1024])
     p.add_argument("--budget", default="24GB", help="memory of the device")
     args = p.parse_args(argv)
+    if max(args.rank) >= 4096:
+        p.error(
+            f"--rank must be below 4096, the shorter side of every matrix, got {max(args.rank)}"
+        )
     print(ol.plan(llama_7b(), args.budget, methods=METHODS, ranks=args.rank), "\n")
     print(papers_table(), "\n")
     print("| rank | state | GB | everything | linear layers | linear layers, of all of AdamW |")

@@ -12,9 +12,9 @@ from optax_lowrank import checks
 from optax_lowrank.classify import Rank, axes_by_path, describe, ranks_by_path, views_by_path
 from optax_lowrank.low_rank import low_rank_states
 from optax_lowrank.refresh import positions
-from optax_lowrank.rules import OfRuleState, put_back, wide
+from optax_lowrank.rules import OfRuleState, in_dtypes_of, put_back, wide
 from optax_lowrank.views import flatten_by_path
-from optax_lowrank.walls import AxisName, mean_over
+from optax_lowrank.walls import AxisName, automatic, mean_over
 
 
 class OptimizerState(NamedTuple):
@@ -121,7 +121,7 @@ def assemble(
         out = treedef.unflatten(finish(path, u) for path, u in leaves.items())
         return out, OptimizerState(new, optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, automatic(update))
 
 
 def _of_the_rest(dense, inner, accumulate):
@@ -167,9 +167,17 @@ def _summed(dense, k):
 
 def _is_whole(params):
     """Whether this is a tree of parameters, and not a part of one or none."""
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)
-    leaves = jax.tree.leaves(params, is_leaf=is_masked)
-    return bool(leaves) and not any(map(is_masked, leaves))
+    leaves = jax.tree.leaves(params, is_leaf=_is_masked)
+    return bool(leaves) and not any(map(_is_masked, leaves))
+
+
+def _is_masked(x):
+    return isinstance(x, optax.MaskedNode)
+
+
+def _structure(tree):
+    """The same of a tree and of the part of it that `optax.masked` shows."""
+    return jax.tree.structure(tree, is_leaf=_is_masked)
 
 
 def _decaying(mask, params) -> dict[str, jax.Array]:
@@ -225,8 +233,9 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
     def update(updates, state, params=None, **extra):
         cast = jax.tree.map(lambda g: g.astype(wide(g)), updates)
-        out, state = inner.update(cast, state, params, **extra)
-        return jax.tree.map(lambda u, g: u.astype(g.dtype), out, updates), state
+        out, new = inner.update(cast, state, params, **extra)
+        out = jax.tree.map(lambda u, g: u.astype(g.dtype), out, updates)
+        return out, in_dtypes_of(state, new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -244,16 +253,19 @@ def _guarded(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         usable = jax.tree.map(lambda ok, g: jnp.where(ok, g, jnp.zeros_like(g)), finite, updates)
         out, new = inner.update(usable, state, params, **extra)
         out = jax.tree.map(lambda ok, u: jnp.where(ok, u, jnp.zeros_like(u)), finite, out)
-        shape = jax.tree.structure(updates)
-        like_updates = lambda node: jax.tree.structure(node) == shape
+        shape = _structure(updates)
+        like_updates = lambda node: _structure(node) == shape
         of_rule = lambda node: isinstance(node, OfRuleState) and isinstance(node.leaves, dict)
         by_path, _ = flatten_by_path(finite)
 
         def keep(new, old):
             if of_rule(new):
-                kept = {p: put_back(ok, new.leaves[p], old.leaves[p]) for p, ok in by_path.items()}
-                return new._replace(leaves=kept)
-            return jax.tree.map(put_back, finite, new, old) if like_updates(new) else new
+                pairs = {path: (x, old.leaves[path]) for path, x in new.leaves.items()}
+                return new._replace(leaves={p: put_back(by_path[p], *x) for p, x in pairs.items()})
+            if not like_updates(new):
+                return new
+            where = lambda ok, new, old: new if _is_masked(ok) else put_back(ok, new, old)
+            return jax.tree.map(where, finite, new, old, is_leaf=_is_masked)
 
         whole = lambda node: like_updates(node) or of_rule(node)
         return out, jax.tree.map(keep, new, state, is_leaf=whole)

@@ -30,8 +30,9 @@ def subspace_ratio(
     """
     length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x), axis=axis))
     whole = jnp.sqrt(columns if axis == 0 else jnp.sum(columns))
-    # columns that the basis does not use have no share in it
-    r = jnp.sum(jnp.any(R != 0, axis=1)).astype(R.dtype)
+    # columns that the basis does not use have no share in it; of a gradient that has left the basis R is zero, and the
+    # moments' step is not
+    r = jnp.sum(jnp.any((R != 0) | (N != 0), axis=1)).astype(R.dtype)
     return length(N) / (jnp.maximum(length(R), jnp.sqrt(r / (4 * m)) * whole) + 1e-8)
 
 

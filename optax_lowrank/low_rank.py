@@ -26,7 +26,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_lowrank import checks
 from optax_lowrank.bases import Basis, BasisStore, Fitted, InDtype
@@ -44,7 +43,7 @@ from optax_lowrank.refresh import (
 )
 from optax_lowrank.rules import Asked, Rule, as_rule, put_back, repeated, unturned, wide
 from optax_lowrank.views import flatten_by_path
-from optax_lowrank.walls import AxisName, after, mean_over, vary_alike
+from optax_lowrank.walls import AxisName, after, automatic, mean_over, vary_alike
 
 Side = Literal["short", "long", "both"]
 
@@ -165,7 +164,7 @@ def low_rank(
         tangent=None if geometry is None else geometry.tangent,
     )
     core = _Core(rule, rank, setup, as_policy(refresh), axes, side, scale, seed, geometry)
-    return optax.GradientTransformationExtraArgs(core.init, core.update)
+    return optax.GradientTransformationExtraArgs(core.init, automatic(core.update))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,8 +214,7 @@ class _Core:
             raise ValueError(
                 "this optimizer needs the weights: call `tx.update(grads, state, params)`."
             )
-        step = functools.partial(self.step, **extra)
-        return _with_automatic_sharding(step, updates, state, params)(updates, state, params)
+        return self.step(updates, state, params, **extra)
 
     def step(self, updates, state, params, **extra):
         views, grads, treedef = self.views_of(updates)
@@ -233,7 +231,9 @@ class _Core:
             return alone.step(updates, state, params, **extra)
         # `optax.contrib.sam` interpolates states, which makes ints of bools
         pending = state.stats.pending.astype(bool) | self.refresh(state.count, state.stats)
-        new, fitted = refit(self.setup, state.count, matrices, pending, places)
+        # to derivatives a basis is a constant
+        known = jax.lax.stop_gradient(matrices)
+        new, fitted = refit(self.setup, state.count, known, pending, places)
 
         update_leaf = functools.partial(self.update_leaf, told)
         if isinstance(state.count, jax.core.Tracer):
@@ -353,12 +353,14 @@ class _Core:
         R = R if K is None else jnp.matmul(R, K)
         R, kept = mean_over(self.setup.axis_name, (R, kept))
         if K is not None:
-            dtypes = {x.dtype for x in (G, *jax.tree.leaves(stored))}
-            exact = dtypes <= {R.dtype, jnp.dtype("int32")}  # the numbers of a DCT's columns
+            kinds = {y.dtype for y in (G, *jax.tree.leaves(stored))}
+            exact = kinds <= {R.dtype, jnp.dtype("int32")}  # the numbers of a DCT's columns
             R = jnp.where(fitted, _without_round_off(R, 1e-5 if exact else 2**-6), R)
         columns = jnp.sum(jnp.square(G.astype(R.dtype)), axis=0).astype(jnp.float32)
         columns = mean_over(self.setup.axis_name, columns)
-        if P.dtype != R.dtype and self.weighs_columns(x, told):
+        kinds = {y.dtype for y in (P, *jax.tree.leaves(stored))}
+        floats = {kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)}
+        if floats != {R.dtype} and self.weighs_columns(x, told):
             # now, as it makes arrays of R's size, which would else lie beside those of the rule
             R, columns = jax.lax.optimization_barrier((R, columns + _overlap(P, R)))
         return R, P, K, columns, kept
@@ -456,17 +458,3 @@ def _check_same_leaves(views, state):
             f"the gradients are not those `init` was called for: new are {unknown}, missing are {absent}. "
             "Call `init` with parameters of the same structure."
         )
-
-
-def _with_automatic_sharding(step, updates, state, params):
-    """On a mesh with explicit axes, lets the compiler place what is between the arguments and results of `step`."""
-    of = lambda tree: jax.tree.map(lambda x: jax.typeof(x).sharding, tree)
-    shardings, explicit = of((updates, state)), jax.sharding.AxisType.Explicit
-    meshes = [
-        s.mesh for s in jax.tree.leaves((shardings, of(params))) if explicit in s.mesh.axis_types
-    ]
-    if not meshes:
-        return step
-    # an array that was made outside of the mesh comes back replicated on it
-    placed = lambda s: s if s.mesh.axis_types else NamedSharding(meshes[0], PartitionSpec())
-    return jax.sharding.auto_axes(step, out_sharding=jax.tree.map(placed, shardings))

@@ -22,7 +22,7 @@ from optax_lowrank.moments import rotated, scale_by_rotated_adam
 from optax_lowrank.quantize import quantize_state
 from optax_lowrank.refresh import Policy, as_policy
 from optax_lowrank.rules import Rule, accumulated, in_codes, lifted
-from optax_lowrank.walls import AxisName
+from optax_lowrank.walls import AxisName, automatic
 
 # 8 or 4, or the arguments of `quantize_state`.
 StateBits = Literal[8, 4] | Mapping[str, Any] | None
@@ -110,10 +110,20 @@ class Options:
                 "`state_bits` must be None, 8, 4 or a dict of arguments of `quantize_state`, got "
                 f"{self.state_bits!r}."
             )
+        for name in self.bits.keys() - inspect.signature(quantize_state).parameters.keys():
+            raise TypeError(
+                f"`state_bits` has arguments of `quantize_state`, and {name!r} is none of them."
+            )
+
+    @property
+    def _eps(self):
+        # with 0 the step of a row of zeros, which a gradient of small rank has, would be 0 / 0
+        is_zero = isinstance(self.eps, (int, float)) and self.eps == 0
+        return float(jax.numpy.finfo("float32").tiny) if is_zero else self.eps
 
     def adam(self) -> optax.GradientTransformation:
         """Adam for leaves that are not projected."""
-        return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mu_dtype)
+        return optax.scale_by_adam(self.b1, self.b2, self._eps, mu_dtype=self.mu_dtype)
 
     def moments(self, base: optax.GradientTransformation | None = None) -> Rule:
         """The rule of Adam in the subspace, or of a transformation in its place."""
@@ -121,7 +131,7 @@ class Options:
             checks.transformation("base_optimizer", base, "Call it: `optax.scale_by_lion()`.")
         if not self.rotate_moments:
             return self.coded(lifted(base or self.adam()))
-        adam = scale_by_rotated_adam(self.b1, self.b2, self.eps, self.mu_dtype)
+        adam = scale_by_rotated_adam(self.b1, self.b2, self._eps, self.mu_dtype)
         return self.coded(adam if base is None else rotated(base))
 
     def coded(self, rule: Rule) -> Rule:
@@ -329,6 +339,8 @@ def inject_hyperparams(
     def injected(*args, **kwargs):
         bound = _bound(getattr(factory, "__name__", "optimizer"), signature, args, kwargs)
         static = {name for name in signature.parameters if name not in _TRACED}
+        if "weight_decay" in signature.parameters.keys() - bound.arguments.keys():
+            static.add("weight_decay")  # as a number that may change, it would ask for the weights
         for name, value in bound.arguments.items():
             default = signature.parameters[name].default
             numeric = isinstance(default, (int, float)) or name in ("state_bits", "basis_bits")
@@ -341,7 +353,9 @@ def inject_hyperparams(
                 static.add(name)  # a policy
         dtype = jax.numpy.result_type(float) if hyperparam_dtype is None else hyperparam_dtype
         inject = optax.inject_hyperparams(factory, tuple(static), hyperparam_dtype=dtype)
-        return inject(*bound.args, **bound.kwargs)
+        tx = inject(*bound.args, **bound.kwargs)
+        # the numbers are in the state, but in the optimizer that is made of them they are no arguments any more
+        return optax.GradientTransformationExtraArgs(tx.init, automatic(tx.update))
 
     injected.__signature__ = signature
     return injected

@@ -155,7 +155,7 @@ def _defaults():
 
 
 def _parse(budget) -> int:
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", f"{budget}", re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?)(i?)B?\s*", f"{budget}", re.IGNORECASE)
     if not match:
         raise ValueError(
             f'`budget` must be bytes or a text such as "24GB" or "80GiB", got {checks.shown(budget)}.'

@@ -285,4 +285,4 @@ def memory_report(tx: optax.GradientTransformation, params, state: Any = None) -
 
 def size_of(x) -> int:
     """Bytes of an array, or of a shape."""
-    return x.size * jnp.dtype(x.dtype).itemsize
+    return x.size * x.dtype.itemsize

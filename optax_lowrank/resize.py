@@ -5,6 +5,7 @@ Inside jit the rank is a mask: columns of a basis beyond the active rank are zer
 `tx.init` at the new ranks say which axes these are. `update` reads ranks off the state: it retraces once and goes on.
 """
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_lowrank import checks
 from optax_lowrank.low_rank import low_rank_states
@@ -290,8 +292,29 @@ def _moved(x, y, start):
         return y
     x = jnp.asarray(x)
     common = tuple(slice(min(sizes)) for sizes in zip(x.shape, y.shape, strict=True))
-    out = x[common] if start is None else start.astype(x.dtype).at[common].set(x[common])
-    return jax.device_put(out, x.sharding) if len(x.sharding.device_set) > 1 else out
+
+    def move(x, start):
+        return x[common] if start is None else start.astype(x.dtype).at[common].set(x[common])
+
+    sharding = _fitting(x.sharding, y.shape)
+    if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+        return jax.sharding.auto_axes(move, out_sharding=sharding)(x, start)
+    out = move(x, start)
+    return jax.device_put(out, sharding) if len(x.sharding.device_set) > 1 else out
+
+
+def _fitting(sharding, shape):
+    """The sharding, without axes that it does not divide."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+
+    def fits(size, names):
+        names = (names,) if isinstance(names, str) else names or ()
+        return size % math.prod(sharding.mesh.shape[name] for name in names) == 0
+
+    pairs = zip(shape, sharding.spec, strict=False)
+    spec = PartitionSpec(*[names if fits(size, names) else None for size, names in pairs])
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 def _last_used_column(P):

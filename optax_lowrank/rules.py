@@ -17,7 +17,7 @@ import optax
 from optax_lowrank import checks, codes
 from optax_lowrank.linalg import matmul
 from optax_lowrank.views import flatten_by_path
-from optax_lowrank.walls import after, when
+from optax_lowrank.walls import after, automatic, when
 
 
 class Turn(NamedTuple):
@@ -55,6 +55,11 @@ def unturned(state: Any, turn: Turn) -> Any:
 def put_back(finite: jax.Array, new: Any, old: Any) -> Any:
     """The old state where `finite` is false: the `keep` of most rules."""
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+
+def in_dtypes_of(old: Any, new: Any) -> Any:
+    """The new state in the dtypes of the old one, where a number in float64 has widened an array."""
+    return jax.tree.map(lambda x, y: y if x.dtype == y.dtype else y.astype(x.dtype), old, new)
 
 
 class Rule(NamedTuple):
@@ -130,8 +135,8 @@ def lifted(tx: optax.GradientTransformation) -> Rule:
         # arithmetic with it fails at once, where a `jax.ShapeDtypeStruct` would be traced
         shape = SimpleNamespace(shape=R.shape, dtype=R.dtype, ndim=R.ndim, size=R.size)
         params = shape if params is None else params
-        A, state = update(R, state, params, **extra)
-        return A, None, state
+        A, new = update(R, state, params, **extra)
+        return A, None, in_dtypes_of(state, new)
 
     return Rule(sees(tx.init), unturned, step)
 
@@ -188,7 +193,7 @@ def of_rule(rule: Rule, batch_axes: int = 0) -> OfRule:
             count, states if leaves else state.leaves
         )
 
-    tx = OfRule(init, update)
+    tx = OfRule(init, automatic(update))
     tx.rule = rule
     return tx
 
@@ -389,7 +394,7 @@ class _InCodes:
 
     def init(self, R):
         large = lambda _, x: (
-            x.ndim > 0 and x.size >= self.min_size and jnp.issubdtype(x.dtype, jnp.floating)
+            x.ndim > 0 and x.size >= max(self.min_size, 1) and jnp.issubdtype(x.dtype, jnp.floating)
         )
         asked = getattr(R, "coded", None)
         chosen = large if asked is None else lambda path, _: path in asked

@@ -27,10 +27,13 @@ gradient, and what is averaged are coordinates, r · n numbers instead of m · n
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_lowrank.classify import axes_by_path
+from optax_lowrank.low_rank import low_rank_states
+from optax_lowrank.refit import TwoSided
 from optax_lowrank.views import MatrixAxes, MatrixView, flatten_by_path, owned_leaves
 
 
@@ -87,6 +90,8 @@ def state_shardings(
     found = axes_by_path(params, axes)
     mesh = next(iter(placed.values())).mesh if placed else None
     shapes = jax.eval_shape(tx.init, params)
+    states = [leaf for x in low_rank_states(shapes) for leaf in x.leaves.items()]
+    two_sided = {path for path, leaf in states if isinstance(leaf.basis, TwoSided)}
 
     def follow(keys, x, path):
         spec, names = placed[path].spec, [getattr(key, "name", None) for key in keys]
@@ -94,7 +99,8 @@ def state_shardings(
             return spec
         if found[path] is None or not {"basis", "rule", "geometry"} & set(names):
             return _leading(spec, leaves[path].shape, x.shape)
-        return _folded(names, x.shape, leaves[path].shape, found[path], spec)
+        short = "rule" in names and path in two_sided  # (b, r, r)
+        return _folded(names, x, leaves[path].shape, found[path], spec, short)
 
     def place(keys, x, path):
         spec = PartitionSpec() if path is None else follow(keys, x, path)
@@ -115,24 +121,25 @@ def _leading(spec, leaf_shape, shape) -> PartitionSpec:
     )
 
 
-def _folded(names, shape, leaf_shape, axes: MatrixAxes, spec) -> PartitionSpec:
+def _folded(names, x, leaf_shape, axes: MatrixAxes, spec, short) -> PartitionSpec:
     """Spec of an array (b, ...) of a leaf: each axis that is a whole side of the leaf's matrix lies as that side does.
 
-    Only the long axes are told, by their size: of a basis (b, m, r) the one before the last, of all else the last.
+    Only the long axes are told, by their size: of a basis (b, m, r) the one before the last, of all else the last;
+    `short` arrays have none.
     """
-    view = MatrixView.of(leaf_shape, axes, "reduction")
+    view, shape = MatrixView.of(leaf_shape, axes, "reduction"), x.shape
     sides = [(view.m, view.projected_axes), (view.n, view.other_axes)]
     entries = [_merged(spec, view.batch_axes), *[None] * (len(shape) - 1)]
     in_basis = "basis" in names
-    if len(shape) >= 3 and names[-1] != "block_scale":
+    if len(shape) >= 3 and names[-1] != "block_scale" and not short:
         axis = len(shape) - (2 if in_basis else 1)
-        first = (
-            0 if in_basis != ("K" in names) else 1
-        )  # of a square matrix the reduction side is projected
-        for size, members in (sides[first], sides[1 - first]):
-            if shape[axis] in (size, -(-size // 2)):  # two 4-bit codes share a byte
-                entries[axis] = _merged(spec, members)
-                break
+        # of a square matrix the reduction side is projected
+        sides = sides if in_basis != ("K" in names) else sides[::-1]
+        along = [members for size, members in sides if shape[axis] == size]
+        if x.dtype == jnp.uint8:  # two 4-bit codes share a byte
+            along += [members for size, members in sides if shape[axis] == -(-size // 2)]
+        if along:
+            entries[axis] = _merged(spec, along[0])
     return PartitionSpec(*entries)
 
 

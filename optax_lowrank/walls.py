@@ -4,13 +4,14 @@ Memory is the reason for `after`. Left alone, XLA lifts the steps of all leaves 
 decodes the moments of all before it updates one; in turn, the temporaries of a step are those of one leaf.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 AxisName = str | tuple[str, ...] | None
 
@@ -126,6 +127,40 @@ def put_in(stacks: tuple[Any, ...], which: jax.Array, i: Any, one: Any) -> tuple
         written.append(stack)
         left -= 1
     return tuple(written)
+
+
+def automatic(update: Callable[..., Any]) -> Callable[..., Any]:
+    """The `update` of a transformation, in which on a mesh with explicit axes the compiler places what is in between.
+
+    What comes out lies as what went in.
+    """
+
+    @functools.wraps(update)
+    def placed(updates, state, params=None, **extra):
+        is_array = lambda x: isinstance(x, jax.Array)
+        of = lambda tree: jax.tree.map(
+            lambda x: jax.typeof(x).sharding if is_array(x) else None, tree
+        )
+        shardings, others = of((updates, state)), of((params, extra))
+        is_explicit = lambda sharding: AxisType.Explicit in sharding.mesh.axis_types
+        explicit = filter(is_explicit, jax.tree.leaves((shardings, others)))
+        mesh = next((sharding.mesh for sharding in explicit), None)
+        if mesh is None:
+            return update(updates, state, params, **extra)
+        # what is no array cannot be an argument of `step`, and an array of the mesh cannot but be one
+        arrays = {
+            name: x for name, x in extra.items() if jax.tree_util.all_leaves([x]) and is_array(x)
+        }
+        rest = {name: x for name, x in extra.items() if name not in arrays}
+        step = lambda updates, state, params, arrays: update(
+            updates, state, params, **arrays, **rest
+        )
+        # an array that was made outside of the mesh comes back replicated on it
+        on_mesh = lambda s: s if s.mesh.axis_types else NamedSharding(mesh, PartitionSpec())
+        step = jax.sharding.auto_axes(step, out_sharding=jax.tree.map(on_mesh, shardings))
+        return step(updates, state, params, arrays)
+
+    return placed
 
 
 def _in_shard_map():

@@ -337,6 +337,14 @@ def test_compare_explains_how_to_write_an_optimizer(text):
         compare.parse_contender(text)
 
 
+@pytest.mark.parametrize("wrong", ["adamw2", "fira=0.01 --option foo=1"])
+def test_compare_looks_at_all_optimizers_before_the_first_run(wrong, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain_llama, "main", lambda argv: pytest.fail("it trains"))
+    with pytest.raises(SystemExit):
+        compare.main(["adamw=0.003", wrong, *TINY, f"--out={tmp_path}"])
+    assert re.search("adamw2: unknown|no argument `foo`", capsys.readouterr().err)
+
+
 def test_compare_reads_arguments_of_a_file(tmp_path, capsys):
     file = tmp_path / "front.txt"
     file.write_text("# small states\nfira=0.01 --rank 8\n\nmuon=0.02\n--steps=300\n")
@@ -418,6 +426,12 @@ def test_muon_in_codes_takes_nearly_the_same_step(bits):
     [
         (["--optimizer=sgd"], "sgd: unknown. There is .*galore.*adamw"),
         (["--rank=0"], "--rank must be at least 1, got 0"),
+        (["--seed=-1"], "--seed must be at least 0, got -1"),
+        (["--clip=-1"], "--clip must be at least 0, got -1"),
+        (["--lr=nan"], "--lr must be at least 0, got nan"),
+        (["--warmup=1"], "--warmup is a share of --steps, below 1"),
+        (["--tokenizer=bpe", "--vocab-size=100"], "--vocab-size must be at least 256"),
+        (["--budget=1.2.3GB"], "--budget: `budget` must be bytes or a text"),
         (["--size=70b"], "invalid choice: '70b'"),
         (["--layerwise", "--optimizer=contrib-galore"], "--layerwise: optax.contrib.galore fails"),
         (["--layerwise", "--compact-every=5"], "--compact-every: with --layerwise"),

@@ -315,3 +315,14 @@ def test_state_is_that_of_galore_and_a_float_a_matrix():
 def test_limit_that_stops_the_update(make):
     with pytest.raises(ValueError, match=r"`limit` must be at least 1, got 0\.9"):
         make(limit=0.9)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.0])
+def test_the_limiter_knows_the_residual_of_a_bfloat16_basis(noise):
+    """Which is not quite orthonormal: by ‖G_j‖² − ‖R_j‖² alone the norm would be 3 to 15 times as large."""
+    common = normal(64, 4) @ normal(4, 96, seed=1)
+    grads = [common + noise * normal(64, 96, seed=2 + t) for t in range(4)]
+    tx = ol.fira(1.0, rank=4, fit=ol.svd(), scale=0.0, state_bits={"min_size": 10**9})
+    residual, state = trajectory(tx, grads)
+    norm = low_rank_state(state).leaves["kernel"].rule.norm[0]
+    np.testing.assert_allclose(norm, np.linalg.norm(residual[-1]), rtol=0.02)

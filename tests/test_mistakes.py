@@ -71,6 +71,8 @@ MISTAKES = [
     ("scale uphill", lambda: fira(scale=-0.25), ValueError, r"`scale` must not be negative, got -0\.25"),
     ("bool for a number", lambda: galore(scale=True), TypeError, "`scale` must be a number, got True"),
     ("beta", lambda: muon(beta=1), ValueError, r"`beta` must be in \[0, 1\), got 1"),
+    ("argument of codes", lambda: fira(state_bits={"bit": 8}), TypeError,
+     "`state_bits` has arguments of `quantize_state`, and 'bit' is none"),
     ("steps of Newton", lambda: muon(ns_steps=0), ValueError, "`ns_steps` must be positive, got 0"),
     ("residual scale", lambda: fira(residual_scale="1"), TypeError, "`residual_scale` must be a number, got '1'"),
     ("energy", lambda: ol.adarankgrad(0.1, max_residual_energy=30), ValueError,

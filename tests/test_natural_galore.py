@@ -435,3 +435,15 @@ def test_precondition_the_step():
     assert not np.allclose(got[-1]["kernel"], other[-1]["kernel"], atol=1e-3)
     with pytest.raises(ValueError, match="`precondition` must be"):
         alias(precondition="moments")
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.int8])
+def test_alone_a_bad_gradient_passes_and_is_forgotten(dtype):
+    tx = ol.scale_by_woodbury_fisher(history=3, damping=1.0, history_dtype=dtype)
+    good, bad = jnp.array([3.0, 4.0]), jnp.array([jnp.nan, 4.0])
+    state = tx.init(good)
+    for g in (good, bad, good):
+        update, state = tx.update(g, state)
+        assert bool(jnp.all(jnp.isfinite(update))) == bool(jnp.all(jnp.isfinite(g)))
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state))
+    np.testing.assert_allclose(update, good / (1 + 2 * 25), rtol=1e-2)

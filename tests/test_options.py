@@ -357,3 +357,37 @@ def test_dense_learning_rate_is_an_adam_of_its_own(weight_decay):
         [u["hidden"]["kernel"] for u in got], [u["hidden"]["kernel"] for u in plain], 1e-5
     )
     assert np.abs(got[0]["hidden"]["bias"] - plain[0]["hidden"]["bias"]).max() > 0.1
+
+
+def test_injected_numbers_that_nobody_gave_ask_for_no_weights():
+    tx = ol.inject_hyperparams(ol.galore)(0.1, rank=2)
+    grads = {"kernel": jnp.ones((6, 8))}
+    state = tx.init(grads)
+    assert "weight_decay" not in state.hyperparams
+    assert all_close(tx.update(grads, state)[0], ol.galore(0.1, rank=2), grads)
+
+
+def all_close(updates, tx, grads):
+    want, _ = tx.update(grads, tx.init(grads))
+    return bool(jnp.allclose(updates["kernel"], want["kernel"], rtol=1e-5))
+
+
+@pytest.mark.parametrize("method", [ol.galore, ol.adarankgrad, ol.apollo])
+def test_injected_float64_numbers_widen_no_state(method):
+    with jax.enable_x64(True):
+        params = {"kernel": jnp.ones((6, 8), jnp.float32), "bias": jnp.ones(8, jnp.float32)}
+        tx = ol.inject_hyperparams(method)(0.1, rank=2)
+        state = jax.eval_shape(tx.init, params)
+        _, after = jax.eval_shape(tx.update, params, state, params)
+    kinds = lambda tree: jax.tree.map(lambda x: x.dtype, tree)
+    assert kinds(after) == kinds(state)
+
+
+@pytest.mark.parametrize("options", [{}, {"rotate_moments": True}, {"side": "both"}], ids=str)
+def test_without_eps_rows_of_zeros_step_by_zero(options):
+    """A gradient of rank one leaves a row of the coordinates zero."""
+    G = {"kernel": jnp.outer(jnp.arange(1.0, 9), jnp.arange(1.0, 13))}
+    tx = ol.galore(1.0, rank=2, eps=0.0, **options)
+    _, state, updates = run(tx, G, [G, G])
+    assert all(jnp.any(update["kernel"] != 0) for update in updates)
+    assert ol.diagnostics(state)["kernel"].skips.tolist() == [0]

@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
@@ -378,3 +379,71 @@ def test_state_shardings_wants_a_mesh():
 def test_state_shardings_wants_one_for_each_parameter(mesh):
     with pytest.raises(ValueError, match="like `params`"):
         ol.state_shardings(ol.galore(0.01, rank=4), PARAMS, {"up": NamedSharding(mesh, P())})
+
+
+OUTSIDE = {  # of the core, and what is injected into it
+    "codes": lambda: ol.galore(0.1, rank=3, state_bits={"min_size": 16, "block_size": 8}),
+    "codes of an embedding": lambda: ol.galore(0.1, rank=3, state_bits={"bits": 4, "min_size": 16}),
+    "quantize_state": lambda: ol.quantize_state(optax.scale_by_adam(), min_size=16, block_size=8),
+    "orthogonalize": ol.orthogonalize,
+    "scale_by_woodbury_fisher": lambda: ol.scale_by_woodbury_fisher(history=2),
+    "inject_hyperparams": lambda: ol.inject_hyperparams(ol.galore)(0.1, rank=3),
+    "extra arguments": lambda: optax.chain(
+        ol.galore(0.1, rank=3), optax.contrib.reduce_on_plateau()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_the_rest_of_the_library_on_a_mesh(name, mesh):
+    """Two updates, in and outside of jit; they lie as the gradients do."""
+    tx = OUTSIDE[name]()
+    specs = {"kernel": P(None, "y"), "embedding": P("y", "x")}
+    grads = {"kernel": jnp.ones((16, 24)), "embedding": jnp.ones((32, 16))}
+    grads = jax.device_put(grads, {path: NamedSharding(mesh, specs[path]) for path in specs})
+    extra = {"value": jnp.sum(grads["kernel"])} if name == "extra arguments" else {}
+    state = jax.jit(tx.init)(grads)
+    for update in (jax.jit(tx.update), tx.update):
+        updates, state = update(grads, state, grads, **extra)
+    for path, x in updates.items():
+        assert bool(jnp.all(jnp.isfinite(x)))
+        assert x.sharding.is_equivalent_to(grads[path].sharding, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "options", "basis", "moments"),
+    [
+        ((24, 12), P("x", None), {}, P(None, None, None), P(None, None, "x")),
+        ((12, 24), P(None, "x"), {"side": "long"}, P(None, "x", None), P(None, None, None)),
+        (
+            (16, 64),
+            P("x", None),
+            {"side": "both", "rank": 8},
+            P(None, "x", None),
+            P(None, None, None),
+        ),
+    ],
+)
+def test_state_shardings_of_a_side_twice_as_long(mesh, shape, spec, options, basis, moments):
+    """Of all but 4-bit codes, half a side is none; nor is a rank that is as long as one."""
+    tx, params = ol.galore(0.1, **{"rank": 4, **options}), {"kernel": jnp.ones(shape)}
+    shardings = ol.state_shardings(tx, params, {"kernel": NamedSharding(mesh, spec)})
+    leaf = shardings.direction.inner_states["matrix"].inner_state.leaves["kernel"]
+    assert jax.tree.leaves(leaf.basis)[0].spec == basis
+    assert leaf.rule.mu.spec == moments
+    jax.block_until_ready(jax.jit(tx.init, out_shardings=shardings)(params))
+
+
+@pytest.mark.parametrize("options", [{}, {"side": "both"}], ids=str)
+def test_resize_of_a_spread_state(mesh, options):
+    """An axis that a mesh no longer divides is whole again; what grows lies as before."""
+    tx = ol.galore(0.1, rank=8, **options)
+    params = {"kernel": jnp.ones((16, 24))}
+    along = {"kernel": NamedSharding(mesh, P(None, "y"))}
+    shardings = ol.state_shardings(tx, params, along, spread=True)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    params = jax.device_put(params, along)
+    for rank in (3, 8):
+        state = ol.resize(tx, state, params, rank)
+        _, state = jax.jit(tx.update)(params, state, params)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(params))

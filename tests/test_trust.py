@@ -387,6 +387,22 @@ def test_no_column_outruns_the_moments(method, fit, kind):
         assert np.linalg.norm(U, axis=0).max() <= furthest * (1 + 2 * (m / r) ** 0.5)
 
 
+@pytest.mark.parametrize("method", ["fira", "apollo"])
+def test_a_gradient_that_leaves_the_basis_takes_no_leap(method):
+    """R = 0 where the moments still move: the bound holds by the columns in use, which R does not show then."""
+    m, r = 8, 2
+    tx = getattr(ol, method)(1.0, rank=r, fit=ol.svd(), scale=1.0)
+    words = [jnp.zeros((m, 12)).at[row].set(jnp.linspace(1, 2, 12)) for row in (0, 5, 5)]
+    grads = [
+        {"w": G} for G in (words[0], 0 * words[0], *words[1:])
+    ]  # after a zero nothing is limited
+    _, _, updates = run(tx, grads[0], grads)
+    furthest = 3.2 * r**0.5
+    for update in updates:
+        U = np.asarray(update["w"])
+        assert np.linalg.norm(U, axis=0).max() <= furthest * (1 + 2 * (m / r) ** 0.5)
+
+
 # Parts of Optax
 
 INNER = {
@@ -466,3 +482,35 @@ def test_each_device_its_own_gradient(row):
     for device in (0, 5):
         want = alone(params, jax.tree.map(lambda g, i=device: g[i : i + 1], grads))
         assert_trees_close(jax.tree.map(lambda u, i=device: u[i : i + 1], got), want, 1e-4)
+
+
+# Derivatives
+
+
+@pytest.mark.parametrize("method", ["galore", "fira", "low_rank_muon"])
+def test_updates_have_derivatives(method):
+    """Of learned learning rates and unrolled steps; a basis is a constant to them."""
+    params = {"w": normal((6, 8))}
+    tx = getattr(ol, method)(1.0, rank=2, eps=0.1)
+    state = tx.init(params)
+    along = jax.jit(lambda size: tx.update({"w": size * params["w"]}, state, params)[0]["w"].sum())
+    slope = jax.grad(along)(1.0)
+    h = 1e-2
+    np.testing.assert_allclose(slope, (along(1 + h) - along(1 - h)) / (2 * h), rtol=2e-2, atol=1e-3)
+
+
+# Dense leaves of a transformation that knows a part of them
+
+
+@pytest.mark.parametrize("name", ["optax", "rule"])
+def test_a_skipped_dense_leaf_keeps_its_state_in_a_partition(name):
+    parts = {"optax": optax.trace(0.9), "rule": ol.quantize_state(optax.trace(0.9), min_size=2)}
+    labels = {"w": "rest", "b": "moving", "c": "rest"}
+    moving = optax.chain(parts[name], optax.scale(-0.1))
+    dense = optax.partition({"moving": moving, "rest": optax.sgd(0.1)}, labels)
+    params = {"w": jnp.ones((6, 8)), "b": jnp.ones(3), "c": jnp.ones(4)}
+    bad = params | {"b": jnp.array([jnp.nan, 1.0, 1.0])}
+    tx = ol.galore(0.1, rank=2, dense=dense)
+    _, _, updates = run(tx, params, [params, bad, params])
+    assert not updates[1]["b"].any()
+    np.testing.assert_allclose(updates[2]["b"], -0.19, rtol=1e-2)  # as after one step

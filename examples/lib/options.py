@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -178,8 +179,13 @@ def parse(argv: Sequence[str] | None, about: str = "") -> argparse.Namespace:
     if args.optimizer not in known:
         p.error(f"--optimizer {args.optimizer}: unknown. There is {', '.join(known)}.")
     for name, value in vars(args).items():
-        if type(value) is int and value < 1 and name not in MAY_BE_ZERO:
-            p.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        least = 0 if name in MAY_BE_ZERO or type(value) is float else 1
+        if type(value) in (int, float) and not least <= value < math.inf:
+            p.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.warmup >= 1:
+        p.error(f"--warmup is a share of --steps, below 1, got {args.warmup}")
+    if args.tokenizer == "bpe" and args.vocab_size < 256:
+        p.error(f"--vocab-size must be at least 256, a word for each byte, got {args.vocab_size}")
     for option in args.option:
         if "=" not in option:
             p.error(f"--option {option}: write it as NAME=VALUE")
@@ -228,6 +234,10 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         make_optimizer(args)
     except (TypeError, ValueError) as error:
         p.error(f"{args.optimizer}: {error}")
+    try:
+        optax_lowrank.plan({}, args.budget, methods={})
+    except ValueError as error:
+        p.error(f"--budget: {error}")
 
 
 def model_config(args: argparse.Namespace) -> LlamaConfig:

@@ -27,7 +27,7 @@ from optax_lowrank.linalg import newton_schulz
 from optax_lowrank.low_rank import Geometry
 from optax_lowrank.options import Options, alias
 from optax_lowrank.rules import Rule
-from optax_lowrank.walls import after
+from optax_lowrank.walls import after, automatic
 
 
 class MomentumState(NamedTuple):
@@ -139,7 +139,7 @@ def orthogonalize(
                 leaves[path] = before = view.unfold(after(before, jax.vmap(one), G))
         return treedef.unflatten(leaves.values()), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), automatic(update))
 
 
 @alias(without=("scale",), update_proj_gap=20, side="long")

@@ -145,8 +145,9 @@ class _Fisher:
         H = self.decode(*stored)
         return WoodburyFisherState(*stored, loop(self.history, products, state.gram))
 
-    def step(self, R, columns, state, *, count, finite=True, **extra):
+    def step(self, R, columns, state, *, count, finite=None, **extra):
         del columns, extra
+        finite = jnp.isfinite(jnp.sum(jnp.square(R))) if finite is None else finite
         slot, code = count % self.history, self.encode(R, state.history.dtype)
 
         def put(old, new, axis=0):
@@ -164,6 +165,7 @@ class _Fisher:
         if self.preserve_norm:
             norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
             out = out * norm(R) / jnp.where(norm(out) > 0, norm(out), 1)  # out = 0 where R = 0
+        out = jnp.where(finite, out, R)  # what is not passes, and leaves the state alone
         return out.astype(R.dtype), None, WoodburyFisherState(stored, unit, gram)
 
 
