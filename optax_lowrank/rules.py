@@ -59,7 +59,9 @@ def put_back(finite: jax.Array, new: Any, old: Any) -> Any:
 
 def in_dtypes_of(old: Any, new: Any) -> Any:
     """The new state in the dtypes of the old one, where a number in float64 has widened an array."""
-    return jax.tree.map(lambda x, y: y if x.dtype == y.dtype else y.astype(x.dtype), old, new)
+    kind = lambda x: getattr(x, "dtype", None)
+    same = lambda x, y: kind(x) in (None, kind(y))
+    return jax.tree.map(lambda x, y: y if same(x, y) else jnp.asarray(y, kind(x)), old, new)
 
 
 class Rule(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -134,30 +135,27 @@ def automatic(update: Callable[..., Any]) -> Callable[..., Any]:
 
     What comes out lies as what went in.
     """
+    is_array = lambda x: isinstance(x, jax.Array | np.ndarray)
 
     @functools.wraps(update)
     def placed(updates, state, params=None, **extra):
-        is_array = lambda x: isinstance(x, jax.Array)
-        of = lambda tree: jax.tree.map(
-            lambda x: jax.typeof(x).sharding if is_array(x) else None, tree
-        )
-        shardings, others = of((updates, state)), of((params, extra))
-        is_explicit = lambda sharding: AxisType.Explicit in sharding.mesh.axis_types
-        explicit = filter(is_explicit, jax.tree.leaves((shardings, others)))
-        mesh = next((sharding.mesh for sharding in explicit), None)
+        arrays = filter(is_array, jax.tree.leaves((updates, state, params, extra)))
+        meshes = (jax.typeof(x).sharding.mesh for x in arrays)
+        mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
         if mesh is None:
             return update(updates, state, params, **extra)
-        # what is no array cannot be an argument of `step`, and an array of the mesh cannot but be one
-        arrays = {
-            name: x for name, x in extra.items() if jax.tree_util.all_leaves([x]) and is_array(x)
-        }
+
+        def place(x):  # one that was made outside of the mesh comes back replicated on it
+            sharding = jax.typeof(x).sharding
+            return sharding if sharding.mesh.axis_types else NamedSharding(mesh, PartitionSpec())
+
+        # what is no array cannot be an argument in there, and an array of the mesh cannot but be one
+        arrays = {name: x for name, x in extra.items() if is_array(x)}
         rest = {name: x for name, x in extra.items() if name not in arrays}
         step = lambda updates, state, params, arrays: update(
             updates, state, params, **arrays, **rest
         )
-        # an array that was made outside of the mesh comes back replicated on it
-        on_mesh = lambda s: s if s.mesh.axis_types else NamedSharding(mesh, PartitionSpec())
-        step = jax.sharding.auto_axes(step, out_sharding=jax.tree.map(on_mesh, shardings))
+        step = jax.sharding.auto_axes(step, out_sharding=jax.tree.map(place, (updates, state)))
         return step(updates, state, params, arrays)
 
     return placed
