@@ -146,8 +146,11 @@ class _Fisher:
         return WoodburyFisherState(*stored, loop(self.history, products, state.gram))
 
     def step(self, R, columns, state, *, count, finite=None, **extra):
-        del columns, extra
-        finite = jnp.isfinite(jnp.sum(jnp.square(R))) if finite is None else finite
+        del extra
+        if finite is None:  # alone: what is not passes, and leaves the state alone
+            finite = jnp.isfinite(jnp.sum(jnp.square(R)))
+            out, c, state = self.step(R, columns, state, count=count, finite=finite)
+            return jnp.where(finite, out, R), c, state
         slot, code = count % self.history, self.encode(R, state.history.dtype)
 
         def put(old, new, axis=0):
@@ -165,7 +168,6 @@ class _Fisher:
         if self.preserve_norm:
             norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
             out = out * norm(R) / jnp.where(norm(out) > 0, norm(out), 1)  # out = 0 where R = 0
-        out = jnp.where(finite, out, R)  # what is not passes, and leaves the state alone
         return out.astype(R.dtype), None, WoodburyFisherState(stored, unit, gram)
 
 
