@@ -1,4 +1,4 @@
-"""Walls: what XLA must not reorder, and branches that hold outside jit and inside `shard_map` as well.
+"""Walls: what XLA must not reorder, and what holds outside jit, inside `shard_map` and with explicit axes as well.
 
 Memory is the reason for `after`. Left alone, XLA lifts the steps of all leaves before it applies the first, and
 decodes the moments of all before it updates one; in turn, the temporaries of a step are those of one leaf.
