@@ -231,9 +231,7 @@ class _Core:
             return alone.step(updates, state, params, **extra)
         # `optax.contrib.sam` interpolates states, which makes ints of bools
         pending = state.stats.pending.astype(bool) | self.refresh(state.count, state.stats)
-        # to derivatives a basis is a constant
-        known = jax.lax.stop_gradient(matrices)
-        new, fitted = refit(self.setup, state.count, known, pending, places)
+        new, fitted = refit(self.setup, state.count, matrices, pending, places)
 
         update_leaf = functools.partial(self.update_leaf, told)
         if isinstance(state.count, jax.core.Tracer):

@@ -129,7 +129,8 @@ def refit(
     leaves, by_leaf = {}, {}
     order, fitted, energy = [], [], []
     for paths in groups.values():
-        group = [matrices[path] for path in paths]
+        # to derivatives a basis is a constant, and so are moments that turn with it: the loop below has none
+        group = [lax.stop_gradient(matrices[path]) for path in paths]
         # one gather, where a slice for each leaf would be so many programs
         order.append(np.r_[tuple(places[path] for path in paths)])
         done = _refit_equal_shapes(setup, count, group, pending[order[-1]])

@@ -139,8 +139,8 @@ def automatic(update: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(update)
     def placed(updates, state, params=None, **extra):
-        arrays = filter(is_array, jax.tree.leaves((updates, state, params, extra)))
-        meshes = (jax.typeof(x).sharding.mesh for x in arrays)
+        given = filter(is_array, jax.tree.leaves((updates, state, params, extra)))
+        meshes = (jax.typeof(x).sharding.mesh for x in given)
         mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
         if mesh is None:
             return update(updates, state, params, **extra)

@@ -499,6 +499,24 @@ def test_updates_have_derivatives(method):
     np.testing.assert_allclose(slope, (along(1 + h) - along(1 - h)) / (2 * h), rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["galore", "fira"])
+def test_moments_carry_derivatives_to_the_next_step(method):
+    """Of the second update by the size of the first gradient."""
+    params = {"w": normal((6, 8))}
+    tx = getattr(ol, method)(1.0, rank=2, eps=0.1)
+    start = tx.init(params)
+
+    @jax.jit
+    def second(size):
+        _, state = tx.update({"w": size * params["w"]}, start, params)
+        return jnp.sum(tx.update(params, state, params)[0]["w"])
+
+    h = 1e-2
+    slope = (second(1 + h) - second(1 - h)) / (2 * h)
+    assert abs(slope) > 1e-2
+    np.testing.assert_allclose(jax.grad(second)(1.0), slope, rtol=2e-2)
+
+
 # Dense leaves of a transformation that knows a part of them
 
 
