@@ -23,7 +23,7 @@ def matmul(A: jax.Array, B: jax.Array) -> jax.Array:
     """A B in float32 or wider and to its last digits, in the form that compiles fast on each platform.
 
     `Precision.HIGHEST`. On TPU that is six products of bfloat16 parts in one kernel, which takes XLA seconds to
-    compile; there it is the same six in a loop.
+    compile; there it is the same six in a loop, on 128 rows at a time.
 
     Args:
       A: (..., m, k) float32 or float64.
@@ -44,15 +44,29 @@ def matmul(A: jax.Array, B: jax.Array) -> jax.Array:
     return lax.platform_dependent(A, B, tpu=_in_parts, default=exact)
 
 
-def _in_parts(A, B):
-    """A B as the six products of bfloat16 parts that float32 has digits for, the smallest first."""
-    i, j = jnp.array([(2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0)]).T
+_BLOCK = 128  # rows; XLA for TPUs is the longer about a product the larger its operands are
 
-    def add(k, C):
-        return C + jnp.matmul(_part(A, i[k]), _part(B, j[k]), preferred_element_type=C.dtype)
+
+def _in_parts(A, B):
+    """A B, a block of the shorter side of it at a time, as six products of bfloat16 parts, the smallest first.
+
+    Float32 has digits for these six. The shorter side is one of r, which no mesh divides.
+    """
+    if A.shape[-2] > B.shape[-1]:
+        return _in_parts(B.mT, A.mT).mT
+    i, j = jnp.array([(2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0)]).T
+    rows, AT, BT = A.shape[-2], A.mT, B.mT  # both contracted along rows, as XLA compiles it fastest
+    block = min(rows, _BLOCK)
+
+    def add(turn, C):
+        k, start = turn % len(i), jnp.minimum(turn // len(i) * block, rows - block)
+        some = lambda X, axis: lax.dynamic_slice_in_dim(X, start, block, axis)
+        a, b = _part(some(AT, -1), i[k]).mT, _part(BT, j[k]).mT
+        new = jnp.where(k > 0, some(C, -2), 0) + jnp.matmul(a, b, preferred_element_type=C.dtype)
+        return lax.dynamic_update_slice_in_dim(C, new, start, axis=-2)
 
     C = jax.eval_shape(jnp.matmul, A, B)
-    return loop(len(i), add, jnp.zeros(C.shape, C.dtype))
+    return loop(len(i) * -(-rows // block), add, jnp.zeros(C.shape, C.dtype))
 
 
 def _part(X, i):
@@ -343,14 +357,17 @@ def eigh(C: jax.Array) -> tuple[jax.Array, jax.Array]:
       [1.0, 2.0]
     """
 
-    def by(implementation):
-        def call(C):
-            V, values = lax.linalg.eigh(C, implementation=implementation)
-            return values, V
+    def jacobi(C):
+        kind = lax.linalg.EighImplementation.JACOBI
+        V, values = lax.linalg.eigh(C, implementation=kind, sort_eigenvalues=False)
+        order = jnp.argsort(values)  # to sort the vectors with them takes seconds to compile
+        return values[order], V[:, order]
 
-        return call
+    def default(C):
+        V, values = lax.linalg.eigh(C)
+        return values, V
 
-    return lax.platform_dependent(C, tpu=by(lax.linalg.EighImplementation.JACOBI), default=by(None))
+    return lax.platform_dependent(C, tpu=jacobi, default=default)
 
 
 def left_singular_vectors(Y: jax.Array) -> jax.Array:

@@ -307,13 +307,15 @@ def test_push_through_weights_of_a_batch():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [(), (3,)])
-def test_products_of_parts_have_the_digits_of_float32(batch):
-    """What TPUs are given; entries from 1e-8 to 1e8, so that a lost part would show."""
+@pytest.mark.parametrize(
+    ("batch", "m", "n"), [((), 20, 10), ((3,), 10, 20), ((), 300, 140), ((3,), 140, 300)]
+)
+def test_products_of_parts_have_the_digits_of_float32(batch, m, n):
+    """What TPUs are given, in blocks that overlap; entries from 1e-8 to 1e8, so that a lost part would show."""
     random = np.random.default_rng(0)
     A, B = (
         random.standard_normal((*batch, *shape)) * 10.0 ** random.uniform(-8, 8, shape[1:])
-        for shape in ((20, 30), (30, 10))
+        for shape in ((m, 30), (30, n))
     )
     A, B = A.astype(np.float32), B.astype(np.float32)
     got = jax.jit(linalg._in_parts)(A, B)
