@@ -105,10 +105,12 @@ class Options:
             raise ValueError(
                 "give `dense` or `dense_learning_rate`, not both: `dense` has a rate of its own."
             )
-        if not (self.state_bits in (None, 8, 4) or isinstance(self.state_bits, Mapping)):
+        bits = self.state_bits
+        is_size = checks.is_integer(bits) and bits in (8, 4)
+        if not (bits is None or is_size or isinstance(bits, Mapping)):
             raise ValueError(
                 "`state_bits` must be None, 8, 4 or a dict of arguments of `quantize_state`, got "
-                f"{self.state_bits!r}."
+                f"{bits!r}."
             )
         for name in self.bits.keys() - inspect.signature(quantize_state).parameters.keys():
             raise TypeError(

@@ -284,6 +284,7 @@ WRONG = [
     ({"accumulate": 2.0}, ValueError, "`accumulate` must be a positive number of micro-batches, got 2.0"),
     ({"accumulate": True}, ValueError, "`accumulate` must be a positive number of micro-batches, got True"),
     ({"state_bits": 16}, ValueError, "`state_bits` must be None, 8, 4 or a dict"),
+    ({"state_bits": 8.0}, ValueError, "`state_bits` must be None, 8, 4 or a dict"),
     ({"state_bits": True}, ValueError, "`state_bits` must be None, 8, 4 or a dict"),
     ({"state_bits": {"bits": 3}}, ValueError, "`bits` must be 8 or 4, got 3"),
     ({"rank": 0}, ValueError, "rank"),
