@@ -158,9 +158,9 @@ def low_rank_muon(
     of the whole side it is `optax.contrib.muon`'s step.
 
     Of the options, `fit` is `seeded()`, `update_proj_gap` is 20, the steps that the momentum reaches back (in runs of
-    1,200 steps 60 had a smaller loss than 20 and 200, in runs of 300 a larger one), `side` is "long", and b1, b2, eps are of the dense leaves; the
-    momentum always turns with its basis, whatever `rotate_moments`. With `fit=subspace_iteration()` and
-    `update_proj_gap=1` the basis follows the momentum, and both are stored.
+    1,200 steps 60 had a smaller loss than 20 and 200, in runs of 300 a larger one), `side` is "long", and b1, b2, eps
+    are of the dense leaves; the momentum always turns with its basis, whatever `rotate_moments`. With
+    `fit=subspace_iteration()` and `update_proj_gap=1` the basis follows the momentum, and both are stored.
 
     Args:
       learning_rate: η, a number or a schedule; 0.02 is Muon's usual, in 4 bits 0.04 was better.
