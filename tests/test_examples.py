@@ -598,6 +598,7 @@ def test_splits_are_disjoint_and_batches_repeat():
     ("size", "millions"),
     [
         ("nano", 1.06),
+        ("micro", 4.09),
         ("60m", 58),
         ("130m", 134),
         ("350m", 368),
@@ -611,7 +612,7 @@ def test_sizes_are_the_papers(size, millions):
         config = dataclasses.replace(llama.SIZES[size], vocab=vocab, layers=layers)
         return sum(leaf.size for leaf in jax.tree.leaves(llama.abstract_llama(config)[1]))
 
-    vocab = 256 if size == "nano" else 32_000
+    vocab = 256 if size in ("nano", "micro") else 32_000
     ends, layer = count(0), count(1) - count(0)
     total = ends + llama.SIZES[size].layers * layer
     assert total == pytest.approx(1e6 * millions, rel=0.005)

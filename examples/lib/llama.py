@@ -48,6 +48,7 @@ class LlamaConfig:
 SIZES = {
     "tiny": LlamaConfig(32, 88, 1, 2),
     "nano": LlamaConfig(128, 344, 5, 4),
+    "micro": LlamaConfig(256, 688, 5, 8),
     "60m": LlamaConfig(512, 1376, 8, 8),
     "130m": LlamaConfig(768, 2048, 12, 12),
     "350m": LlamaConfig(1024, 2736, 24, 16),
