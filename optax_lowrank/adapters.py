@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from optax_lowrank import checks
 from optax_lowrank.classify import axes_by_path, views_by_path
+from optax_lowrank.rules import wide
 from optax_lowrank.views import MatrixView, flatten_by_path
 
 
@@ -74,7 +75,7 @@ def _identity(path, weight, view, rank, seed, dtype):
         raise TypeError(
             f"an adapter needs real floating-point weights; leaf {path!r} is {weight.dtype}."
         )
-    W = view.fold(weight).astype(_wide(weight))
+    W = view.fold(weight).astype(wide(weight))
     dtype = dtype or W.dtype
     batch = (view.batch,) if view.batch > 1 else ()
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
@@ -143,9 +144,8 @@ def merge(
 
 
 def _merged(view, weight, parts, scale, detach_norm):
-    wide = _wide(weight)
-    I, J, M = (parts[name].astype(wide) for name in ("I", "J", "magnitude"))
-    W0 = view.fold(weight).astype(wide)
+    W0 = view.fold(weight).astype(wide(weight))
+    I, J, M = (parts[name].astype(W0.dtype) for name in ("I", "J", "magnitude"))
     Z = W0 + scale * jnp.matmul(I, J).reshape(W0.shape)
     square = jnp.sum(jnp.square(Z), axis=1, keepdims=True)
     # the root of a replaced zero: its derivative is infinite at zero
@@ -169,7 +169,3 @@ def _fitting_view(path, shape, axes, parts):
         f"the adapter of leaf {path!r} of shape {shape} has {shapes}, which does not fit its matrix axes, {axes}. "
         "Give `merge` the weights and the `axes` that `init` had."
     )
-
-
-def _wide(x):
-    return jnp.promote_types(x.dtype, jnp.float32)

@@ -513,9 +513,8 @@ def newton_schulz(X: jax.Array, steps: int = 5) -> jax.Array:
     tall = X.shape[0] > X.shape[1]
     # or XLA keeps what X was before it was rounded, for the norm alone
     X = lax.optimization_barrier(X.T if tall else X)
-    X = X / (
-        jnp.sqrt(jnp.sum(jnp.square(X.astype(jnp.promote_types(X.dtype, jnp.float32))))) + 1e-8
-    ).astype(X.dtype)
+    norm = jnp.sqrt(jnp.sum(jnp.square(X.astype(jnp.promote_types(X.dtype, jnp.float32)))))
+    X = X / (norm + 1e-8).astype(X.dtype)
 
     def iterate(_, X):
         A = X @ X.T
