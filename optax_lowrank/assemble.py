@@ -182,10 +182,7 @@ def _structure(tree):
 
 def _decaying(mask, params) -> dict[str, jax.Array]:
     """The weights that decay, by path; a mask may be a prefix of them."""
-    if params is None:
-        raise ValueError(
-            "`weight_decay` needs the weights: call `tx.update(grads, state, params)`."
-        )
+    checks.weights("`weight_decay`", params)
     chosen = mask(params) if callable(mask) else True if mask is None else mask
     kind = "`mask` must be a tree of bools like the parameters, or a function of them"
     for choice in jax.tree.leaves(chosen):

@@ -178,6 +178,12 @@ def state(x: Any, kind: type) -> None:
         )
 
 
+def weights(what: str, params: Any) -> None:
+    """Raises ValueError where the parameters are missing that `what` needs."""
+    if params is None:
+        raise ValueError(f"{what} needs the weights: call `tx.update(grads, state, params)`.")
+
+
 def alike(grads: Any, params: Any) -> None:
     """Raises ValueError unless gradients and parameters, where there are any, have the same paths and shapes."""
     if params is None:

@@ -209,11 +209,8 @@ class _Core:
         checks.state(state, LowRankState)
         checks.alike(updates, params)
         if not self.reads_weights:
-            params = None
-        elif params is None:
-            raise ValueError(
-                "this optimizer needs the weights: call `tx.update(grads, state, params)`."
-            )
+            return self.step(updates, state, None, **extra)
+        checks.weights("this optimizer", params)
         return self.step(updates, state, params, **extra)
 
     def step(self, updates, state, params, **extra):

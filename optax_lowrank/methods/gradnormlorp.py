@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowrank import checks
 from optax_lowrank.classify import views_by_path
 from optax_lowrank.low_rank import Geometry
 from optax_lowrank.options import Options, alias
@@ -118,10 +119,7 @@ def weight_norm(
         return WeightNormState(inner.init({path: pair(path) for path in views}))
 
     def update(updates, state, params=None, **extra):
-        if params is None:
-            raise ValueError(
-                "`weight_norm` needs the weights: call `tx.update(grads, state, params)`."
-            )
+        checks.weights("`weight_norm`", params)
         views, grads, treedef = views_of(updates)
         if not views:
             return updates, state
