@@ -295,22 +295,17 @@ class _Core:
 
     def start(self, view, r, dtype, coded=None) -> Leaf:
         """The state of one leaf before the first step; `coded` of `Asked`."""
-
-        def begin(R):
-            return self.rule.init(R if coded is None else Asked(R.shape, R.dtype, r, coded))
-
-        state = repeated(begin, (r, r if self.setup.two_sided else view.n), dtype, (view.batch,))
-        leaf = Leaf(self.bases(view, r, dtype), state)
+        shape = r, r if self.setup.two_sided else view.n
+        R = jnp.zeros(shape, dtype) if coded is None else Asked(shape, dtype, r, coded)
+        leaf = Leaf(self.bases(view, r, dtype), repeated(self.rule.init(R), view.batch))
         if self.geometry is None:
             return leaf
         W = jax.ShapeDtypeStruct((view.m, view.n), dtype)
-        outer = lambda _: self.geometry.init(W, view.sum_axis)
-        return leaf._replace(geometry=repeated(outer, (), dtype, (view.batch,)))
+        return leaf._replace(geometry=repeated(self.geometry.init(W, view.sum_axis), view.batch))
 
     def bases(self, view, r, dtype):
         """What is stored of the bases of one leaf before the first step."""
-        one = lambda size: lambda _: self.setup.basis.init(size, r, dtype)
-        stack = lambda size: repeated(one(size), (), dtype, (view.batch,))
+        stack = lambda size: repeated(self.setup.basis.init(size, r, dtype), view.batch)
         return TwoSided(stack(view.m), stack(view.n)) if self.setup.two_sided else stack(view.m)
 
     def update_leaf(self, told, x: Matrix, stored, rule, fitted, before):

@@ -207,10 +207,9 @@ class OfRuleState(NamedTuple):
     leaves: Any  # dict by path of the rule's states
 
 
-def repeated(init: Callable[[jax.Array], Any], shape, dtype, batch: tuple[int, ...]) -> Any:
-    """The state of a rule before the first step, once for each matrix of a stack."""
-    state = init(jnp.zeros(shape, dtype))
-    return jax.tree.map(lambda x: jnp.tile(x, (*batch, *(1,) * jnp.ndim(x))), state)
+def repeated(state: Any, batch: int) -> Any:
+    """The state of one matrix once for each of a stack."""
+    return jax.tree.map(lambda x: jnp.tile(x, (batch, *(1,) * jnp.ndim(x))), state)
 
 
 class Asked(jax.ShapeDtypeStruct):
