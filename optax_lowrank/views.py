@@ -118,22 +118,17 @@ def owned_leaves(state, params) -> list[tuple[tuple, Any, str | None]]:
     def visit(keys, node):
         by_label = keys and getattr(keys[-1], "name", None) in labelled
         if isinstance(node, Mapping) and node and set(node) <= paths and not by_label:
-            children = {
-                path: [((jax.tree_util.DictKey(path),), child)] for path, child in node.items()
-            }
+            own = [((jax.tree_util.DictKey(path),), child) for path, child in node.items()]
         else:
             own = leaves_with_path(node, is_masked)
-            if {leaf_path(key_path) for key_path, _ in own} == paths:
-                children = {leaf_path(key_path): [(key_path, child)] for key_path, child in own}
-            else:
+            if {leaf_path(key) for key, _ in own} != paths:
                 below = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda x: x is not node)
                 if len(below) == 1 and below[0][1] is node:
                     return [(keys, node, None)]
                 return [found for key, child in below for found in visit(keys + key, child)]
         return [
-            (keys + key + inner, x, path)
-            for path, entries in children.items()
-            for key, child in entries
+            (keys + key + inner, x, leaf_path(key))
+            for key, child in own
             for inner, x in leaves_with_path(child, is_masked)
             if not is_masked(x)
         ]
