@@ -228,18 +228,16 @@ class _Core:
             return alone.step(updates, state, params, **extra)
         # `optax.contrib.sam` interpolates states, which makes ints of bools
         pending = state.stats.pending.astype(bool) | self.refresh(state.count, state.stats)
-        new, fitted = refit(self.setup, state.count, matrices, pending, places)
+        new = refit(self.setup, state.count, matrices, pending, places)
 
         update_leaf = functools.partial(self.update_leaf, told)
         if isinstance(state.count, jax.core.Tracer):
             update_leaf = jax.jit(update_leaf)  # traced once for leaves that are alike
         out, leaves, numbers, before = {}, {}, {}, None
         for path, matrix in matrices.items():
-            refreshed = *new.leaves[path], fitted[path]
             with checks.noted(_note(path, matrix.view)):
-                out[path], leaves[path], numbers[path], before = update_leaf(
-                    matrix, *refreshed, before
-                )
+                updated = update_leaf(matrix, *new.leaves[path], before)
+            out[path], leaves[path], numbers[path], before = updated
         energy, total, finite = map(
             jnp.concatenate, zip(*(numbers[p] for p in places), strict=True)
         )

@@ -68,15 +68,25 @@ class Matrix:
 class Refit(NamedTuple):
     """Outcome of the refresh of one step."""
 
-    leaves: dict[str, tuple[Any, Any]]  # (b, ...), basis and rule's state in it
+    leaves: Any  # (b, ...), of each leaf its basis, the rule's state in it, and in the end `fitted`
     fitted: jax.Array  # (k,) bool
     energy: jax.Array  # (k,) float32, ‖G‖² where fitted
 
 
 def read_bases(setup: Setup, x: Matrix, stored: Any, seeds: jax.Array, last_fit: jax.Array):
     """The bases (P, K) of one matrix of a leaf as they are used, zeros before the first fit; K is None on one side."""
-    key = _key(seeds, last_fit)
-    return _read(setup, x.view, x.rank, wide(x.gradient), stored, key, last_fit)
+    key, dtype = _key(seeds, last_fit), wide(x.gradient)
+
+    def read(stored, key, size):
+        P = setup.basis.read(stored, key, size, x.rank, dtype)
+        if not setup.basis.implicit:
+            return P
+        # made once, or XLA for TPUs would make it anew in each product; and nothing before the first fit
+        return lax.optimization_barrier(jnp.where(last_fit >= 0, P, 0))
+
+    if not setup.two_sided:
+        return read(stored, key, x.view.m), None
+    return read(stored.P, key, x.view.m), read(stored.K, jax.random.fold_in(key, 1), x.view.n)
 
 
 def seeds_of(seed: int, path: str, batch: int) -> np.ndarray:
@@ -91,29 +101,16 @@ def _key(seeds, count):
     return jax.random.wrap_key_data(seeds + count.astype(jnp.uint32), impl="threefry2x32")
 
 
-def _read(setup, view, r, dtype, stored, key, last_fit):
-    def read(stored, key, size):
-        P = setup.basis.read(stored, key, size, r, dtype)
-        if not setup.basis.implicit:
-            return P
-        # made once, or XLA for TPUs would make it anew in each product; and nothing before the first fit
-        return lax.optimization_barrier(jnp.where(last_fit >= 0, P, 0))
-
-    if not setup.two_sided:
-        return read(stored, key, view.m), None
-    return read(stored.P, key, view.m), read(stored.K, jax.random.fold_in(key, 1), view.n)
-
-
 def refit(
     setup: Setup,
     count: jax.Array,
     matrices: Mapping[str, Matrix],
     pending: jax.Array,
     places: Mapping[str, slice],
-) -> tuple[Refit, dict[str, jax.Array]]:
+) -> Refit:
     """Refits the matrices in `pending` whose gradient is finite and nonzero; the others keep their basis.
 
-    What was fitted comes by leaf as well, (b,): a leaf then waits for the refits of its own shape only.
+    What was fitted comes with each leaf as well, (b,): it then waits for the refits of its own shape only.
 
     Args:
       setup: of the run.
@@ -126,23 +123,22 @@ def refit(
     for path in places:
         x = matrices[path]
         groups[x.view.m, x.view.n, x.rank, x.gradient.dtype].append(path)
-    leaves, by_leaf = {}, {}
-    order, fitted, energy = [], [], []
+    leaves, order, fitted, energy = {}, [], [], []
     for paths in groups.values():
         # to derivatives a basis is a constant, and so are moments that turn with it: the loop below has none
         group = [lax.stop_gradient(matrices[path]) for path in paths]
         # one gather, where a slice for each leaf would be so many programs
         order.append(np.r_[tuple(places[path] for path in paths)])
         done = _refit_equal_shapes(setup, count, group, pending[order[-1]])
+        within = positions({path: matrices[path].view.batch for path in paths})
         for path, (basis, rule) in zip(paths, done.leaves, strict=True):
-            leaves[path] = basis, rule if setup.turn else matrices[path].leaf.rule
-        for path, place in positions({path: matrices[path].view.batch for path in paths}).items():
-            by_leaf[path] = done.fitted[place]
+            rule = rule if setup.turn else matrices[path].leaf.rule
+            leaves[path] = basis, rule, done.fitted[within[path]]
         fitted.append(done.fitted)
         energy.append(done.energy)
     back = np.argsort(np.concatenate(order))
     in_place = lambda of_groups: jnp.concatenate(of_groups)[back]
-    return Refit(leaves, in_place(fitted), in_place(energy)), by_leaf
+    return Refit(leaves, in_place(fitted), in_place(energy))
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that a step outside jit compiles it once
@@ -156,8 +152,7 @@ def _refit_equal_shapes(setup, count, matrices, pending) -> Refit:
         leaf, layer = leaf_of[i], layer_of[i]
         gradient = _gradient(setup, matrices, leaf, layer)
         loaded = _load(setup, matrices, done.leaves, leaf, layer)
-        keys = [_key(seeds[i], at) for at in (loaded.last_fit, count)]
-        new, good, energy = _fit_one(setup, matrices[0], gradient, loaded, count, keys)
+        new, good, energy = _fit_one(setup, matrices[0], gradient, loaded, count, seeds[i])
         written = put_in(done.leaves, jnp.where(good, leaf, -1), layer, new)
         return Refit(written, *put(done[1:], i, (good, energy)))
 
@@ -235,12 +230,11 @@ def _divided(apply, scale, shape, dtype) -> LinearOperator:
     )
 
 
-def _fit_one(setup, x, gradient, loaded, count, keys):
+def _fit_one(setup, x, gradient, loaded, count, seeds):
     """((basis, rule), good, ‖G‖²) of one matrix; not good if the gradient is unusable or the basis is none."""
-    view, r, dtype = x.view, x.rank, wide(x.gradient)
-    (old_key, key), recalled = keys, loaded.recalled
-    read = functools.partial(_read, setup, view, r, dtype)
-    P, K = read(loaded.basis, old_key, loaded.last_fit)
+    view, dtype, recalled = x.view, wide(x.gradient), loaded.recalled
+    P, K = read_bases(setup, x, loaded.basis, seeds, loaded.last_fit)
+    key = _key(seeds, count)
     largest = gradient(lambda G: jnp.max(jnp.abs(G)))
     if recalled is not None:
         recalled = recalled if K is None else matmul(recalled, K.T)
@@ -257,7 +251,7 @@ def _fit_one(setup, x, gradient, loaded, count, keys):
             unit = unit.plus(P, recalled / scale)
         new, good = setup.basis.refit(key, unit, P)
         if setup.two_sided:
-            R_T = unit.T @ setup.basis.read(new, key, view.m, r, dtype)
+            R_T = unit.T @ setup.basis.read(new, key, view.m, x.rank, dtype)
             other, good_K = setup.basis.refit(jax.random.fold_in(key, 1), R_T, K)
             new, good = TwoSided(new, other), good & good_K
         return (new, turned(new)), good, jnp.where(good, energy, 0)
@@ -265,7 +259,7 @@ def _fit_one(setup, x, gradient, loaded, count, keys):
     def turned(new):
         if not setup.turn:
             return ()
-        P_new, K_new = read(new, key, count)
+        P_new, K_new = read_bases(setup, x, new, seeds, count)
         turn = Turn(matmul(P_new.T, P), None if K is None else matmul(K_new.T, K))
         return setup.turn(loaded.rule, turn)
 
