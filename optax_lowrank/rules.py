@@ -16,7 +16,7 @@ import optax
 
 from optax_lowrank import checks, codes
 from optax_lowrank.linalg import matmul
-from optax_lowrank.views import flatten_by_path
+from optax_lowrank.views import flatten_by_path, leaf_path
 from optax_lowrank.walls import after, automatic, when
 
 
@@ -416,7 +416,7 @@ class _InCodes:
         scales = {}
 
         def leaf(key_path, x):
-            path = _joined(key_path)
+            path = leaf_path(key_path)
             if not chosen(path, x):
                 return x
             noise = None
@@ -435,7 +435,7 @@ class _InCodes:
 
     def decode(self, state, dtype):
         def leaf(key_path, x):
-            scale = state.block_scale.get(_joined(key_path))
+            scale = state.block_scale.get(leaf_path(key_path))
             if scale is None:
                 return x
             return self.book.decode(x, scale, self.signed(key_path)).astype(dtype)
@@ -444,7 +444,3 @@ class _InCodes:
 
     def signed(self, key_path):
         return not {getattr(p, "name", None) for p in key_path} & self.unsigned
-
-
-def _joined(key_path):
-    return jax.tree_util.keystr(key_path, simple=True, separator="/")
