@@ -21,7 +21,7 @@ from optax_lowrank.low_rank import Geometry, Side, low_rank
 from optax_lowrank.moments import rotated, scale_by_rotated_adam
 from optax_lowrank.quantize import quantize_state
 from optax_lowrank.refresh import Policy, as_policy
-from optax_lowrank.rules import Rule, accumulated, in_codes, lifted
+from optax_lowrank.rules import Rule, accumulated, lifted
 from optax_lowrank.walls import AxisName, automatic
 
 # 8 or 4, or the arguments of `quantize_state`.
@@ -138,7 +138,7 @@ class Options:
 
     def coded(self, rule: Rule) -> Rule:
         """A rule with its state in `state_bits`."""
-        return rule if self.state_bits is None else in_codes(rule, **self.bits)
+        return rule if self.state_bits is None else quantize_state(rule, **self.bits).rule
 
     @property
     def bits(self) -> dict[str, Any]:

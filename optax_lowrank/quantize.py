@@ -1,10 +1,23 @@
 """Optimizer state in 8 or 4 bits, for any Optax transformation: decoded, updated, encoded again, leaf after leaf."""
 
-from typing import Literal
+import zlib
+from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
-from optax_lowrank.rules import OfRule, Rule, in_codes, of_rule
+from optax_lowrank.codes import Book
+from optax_lowrank.rules import OfRule, Rule, as_rule, of_rule, unturned
+from optax_lowrank.views import leaf_path
+
+
+class CodedState(NamedTuple):
+    """State of a rule in codes."""
+
+    inner: Any  # of the rule, large float arrays as uint8 codes
+    block_scale: dict[str, jax.Array]  # (..., blocks) float32 by path in `inner`
+    count: jax.Array | None  # () int32, updates so far; only where rounding is stochastic
 
 
 def quantize_state(
@@ -52,4 +65,62 @@ def quantize_state(
     Reference: Dettmers et al., arXiv:2110.02861. Blocks run along the last axis, so that slicing and sharding the
       others commutes with quantization; theirs run over the flat array. Theirs rounds to nearest.
     """
-    return of_rule(in_codes(inner, bits, block_size, min_size, unsigned, stochastic, seed))
+    if bits not in (8, 4) or isinstance(bits, bool):
+        raise ValueError(f"`bits` must be 8 or 4, got {bits!r}.")
+    block_size = (256 if bits == 8 else 128) if block_size is None else block_size
+    if block_size < 1:
+        raise ValueError(f"`block_size` must be positive, got {block_size}.")
+    rule, book = as_rule(inner), Book(bits, block_size)
+
+    def init(R):
+        large = lambda _, x: (
+            x.ndim > 0 and x.size >= max(min_size, 1) and jnp.issubdtype(x.dtype, jnp.floating)
+        )
+        asked = getattr(R, "coded", None)
+        chosen = large if asked is None else lambda path, _: path in asked
+        coded = encode(rule.init(jnp.zeros(R.shape, R.dtype)), chosen, None)
+        return coded._replace(count=jnp.zeros([], jnp.int32) if stochastic else None)
+
+    def turn(state, turn):
+        return again(rule.turn(decode(state, turn.Q.dtype), turn), state)
+
+    def step(R, columns, state, **extra):
+        A, c, new = rule.step(R, columns, decode(state, R.dtype), **extra)
+        return A, c, again(new, state)
+
+    def recall(state):
+        return rule.recall(decode(state, jnp.float32))
+
+    def encode(state, chosen, count):
+        scales = {}
+
+        def leaf(key_path, x):
+            path = leaf_path(key_path)
+            if not chosen(path, x):
+                return x
+            noise = None
+            if count is not None:
+                key = jax.random.fold_in(jax.random.key(seed), count)
+                key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+                noise = jax.random.uniform(key, x.shape, jnp.float32)
+            numbers, scales[path] = book.encode(x, signed(key_path), noise)
+            return numbers
+
+        inner = jax.tree_util.tree_map_with_path(leaf, state)
+        return CodedState(inner, scales, None if count is None else optax.safe_increment(count))
+
+    def again(new, state):
+        return encode(new, lambda path, _: path in state.block_scale, state.count)
+
+    def decode(state, dtype):
+        def leaf(key_path, x):
+            scale = state.block_scale.get(leaf_path(key_path))
+            return x if scale is None else book.decode(x, scale, signed(key_path)).astype(dtype)
+
+        return jax.tree_util.tree_map_with_path(leaf, state.inner)
+
+    def signed(key_path):
+        return not {getattr(part, "name", None) for part in key_path} & {*unsigned}
+
+    turn_if_any = unturned if rule.turn is unturned else turn
+    return of_rule(Rule(init, turn_if_any, step, rule.recall and recall))

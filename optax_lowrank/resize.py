@@ -17,8 +17,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_lowrank import checks
 from optax_lowrank.low_rank import low_rank_states
+from optax_lowrank.quantize import CodedState
 from optax_lowrank.report import first_basis, used_columns
-from optax_lowrank.rules import Asked, CodedState
+from optax_lowrank.rules import Asked
 from optax_lowrank.views import flatten_by_path
 
 

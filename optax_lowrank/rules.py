@@ -3,9 +3,7 @@
 A rule knows no batch axis, no path and no other matrix: `low_rank` maps it over stacks and leaves. See `Rule`.
 """
 
-import dataclasses
 import inspect
-import zlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowrank import checks, codes
+from optax_lowrank import checks
 from optax_lowrank.linalg import matmul
-from optax_lowrank.views import flatten_by_path, leaf_path
+from optax_lowrank.views import flatten_by_path
 from optax_lowrank.walls import after, automatic, when
 
 
@@ -218,7 +216,7 @@ class Asked(jax.ShapeDtypeStruct):
     Args:
       shape, dtype: of the array that stands for it.
       rank: of the basis; None is the optimizer's own.
-      coded: arrays of the rule's state that `in_codes` is to encode; None are the large ones.
+      coded: arrays of the rule's state that `quantize_state` is to encode; None are the large ones.
     """
 
     def __init__(self, shape, dtype, rank: int | None = None, coded: frozenset[str] | None = None):
@@ -345,102 +343,3 @@ def accumulated(rule: Rule | optax.GradientTransformation, k: int) -> Rule:
     # the step itself puts back what must be, so that the loop of `when` writes in place
     init = lambda R: AccumulatedState(jnp.zeros_like(R), rule.init(R))
     return Rule(init, turn, step, keep=lambda finite, new, old: new)
-
-
-class CodedState(NamedTuple):
-    """State of `in_codes`."""
-
-    inner: Any  # of the rule, large float arrays as uint8 codes
-    block_scale: dict[str, jax.Array]  # (..., blocks) float32 by path in `inner`
-    count: jax.Array | None  # () int32, updates so far; only where rounding is stochastic
-
-
-def in_codes(
-    rule: Rule | optax.GradientTransformation,
-    bits: int = 8,
-    block_size: int | None = None,
-    min_size: int = 4096,
-    unsigned: tuple[str, ...] = ("nu",),
-    stochastic: bool = False,
-    seed: int = 0,
-) -> Rule:
-    """Keeps the large float arrays of a rule's state as codes: decoded, stepped, encoded again. See `quantize_state`.
-
-    Raises:
-      ValueError: `bits` is not 8 or 4, or `block_size` not positive.
-    """
-    if bits not in (8, 4) or isinstance(bits, bool):
-        raise ValueError(f"`bits` must be 8 or 4, got {bits!r}.")
-    block_size = (256 if bits == 8 else 128) if block_size is None else block_size
-    if block_size < 1:
-        raise ValueError(f"`block_size` must be positive, got {block_size}.")
-    rule = as_rule(rule)
-    coded = _InCodes(
-        rule, codes.Book(bits, block_size), min_size, frozenset(unsigned), stochastic, seed
-    )
-    turn = unturned if rule.turn is unturned else coded.turn
-    return Rule(coded.init, turn, coded.step, rule.recall and coded.recall)
-
-
-@dataclasses.dataclass(frozen=True)
-class _InCodes:
-    """The rule of `in_codes`, whose arguments these are."""
-
-    rule: Rule
-    book: codes.Book
-    min_size: int
-    unsigned: frozenset[str]
-    stochastic: bool
-    seed: int
-
-    def init(self, R):
-        large = lambda _, x: (
-            x.ndim > 0 and x.size >= max(self.min_size, 1) and jnp.issubdtype(x.dtype, jnp.floating)
-        )
-        asked = getattr(R, "coded", None)
-        chosen = large if asked is None else lambda path, _: path in asked
-        coded = self.encode(self.rule.init(jnp.zeros(R.shape, R.dtype)), chosen, None)
-        return coded._replace(count=jnp.zeros([], jnp.int32) if self.stochastic else None)
-
-    def turn(self, state, turn):
-        return self.again(self.rule.turn(self.decode(state, turn.Q.dtype), turn), state)
-
-    def step(self, R, columns, state, **extra):
-        A, c, new = self.rule.step(R, columns, self.decode(state, R.dtype), **extra)
-        return A, c, self.again(new, state)
-
-    def recall(self, state):
-        return self.rule.recall(self.decode(state, jnp.float32))
-
-    def encode(self, state, chosen, count):
-        scales = {}
-
-        def leaf(key_path, x):
-            path = leaf_path(key_path)
-            if not chosen(path, x):
-                return x
-            noise = None
-            if count is not None:
-                key = jax.random.fold_in(jax.random.key(self.seed), count)
-                key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-                noise = jax.random.uniform(key, x.shape, jnp.float32)
-            numbers, scales[path] = self.book.encode(x, self.signed(key_path), noise)
-            return numbers
-
-        inner = jax.tree_util.tree_map_with_path(leaf, state)
-        return CodedState(inner, scales, None if count is None else optax.safe_increment(count))
-
-    def again(self, new, state):
-        return self.encode(new, lambda path, _: path in state.block_scale, state.count)
-
-    def decode(self, state, dtype):
-        def leaf(key_path, x):
-            scale = state.block_scale.get(leaf_path(key_path))
-            if scale is None:
-                return x
-            return self.book.decode(x, scale, self.signed(key_path)).astype(dtype)
-
-        return jax.tree_util.tree_map_with_path(leaf, state.inner)
-
-    def signed(self, key_path):
-        return not {getattr(p, "name", None) for p in key_path} & self.unsigned
