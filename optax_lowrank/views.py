@@ -173,7 +173,7 @@ class MatrixView:
     batch_axes: tuple[int, ...]
     projected_axes: tuple[int, ...]
     other_axes: tuple[int, ...]
-    reduction_first: bool = True
+    sum_axis: int = 0  # of one matrix, what the layer sums over; 1: the output side is projected
 
     @classmethod
     def of(
@@ -196,10 +196,10 @@ class MatrixView:
         sides = {"short": excess >= 0, "both": excess >= 0, "long": excess <= 0, "reduction": True}
         if side not in sides:
             raise ValueError(f"side={side!r} must be one of {', '.join(map(repr, sides))}.")
-        reduction_first = sides[side]
         batch = tuple(a for a in range(len(shape)) if a not in reduction + output)
-        first, second = (reduction, output) if reduction_first else (output, reduction)
-        return cls(shape, batch, first, second, reduction_first)
+        if sides[side]:  # the reduction side is projected
+            return cls(shape, batch, reduction, output, sum_axis=0)
+        return cls(shape, batch, output, reduction, sum_axis=1)
 
     @property
     def batch(self) -> int:
@@ -215,11 +215,6 @@ class MatrixView:
     def n(self) -> int:
         """Size of the other side."""
         return _size(self.shape, self.other_axes)
-
-    @property
-    def sum_axis(self) -> int:
-        """The axis of one matrix (m, n) that the layer sums over: 0, or 1 where its output side is projected."""
-        return 0 if self.reduction_first else 1
 
     @property
     def flipped(self) -> bool:
