@@ -114,24 +114,22 @@ class LinearOperator:
     @property
     def T(self) -> "LinearOperator":
         """The transposed matrix."""
-        return LinearOperator(
-            self.shape[::-1],
-            self.dtype,
-            self.transposed_times,
-            self.times,
-            self.energy,
-            lambda: self.dense().T,
+        return dataclasses.replace(
+            self,
+            shape=self.shape[::-1],
+            times=self.transposed_times,
+            transposed_times=self.times,
+            dense=lambda: self.dense().T,
         )
 
     def plus(self, P: jax.Array, C: jax.Array) -> "LinearOperator":
         """G + P C, P (m, r) with orthonormal columns."""
-        return LinearOperator(
-            self.shape,
-            self.dtype,
-            lambda X: self @ X + matmul(P, matmul(C, X)),
-            lambda Y: self.T @ Y + matmul(C.T, matmul(P.T, Y)),
-            lambda: self.energy() + jnp.sum(C * (2 * (self.T @ P).T + C)),
-            lambda: self.dense() + matmul(P, C),
+        return dataclasses.replace(
+            self,
+            times=lambda X: self @ X + matmul(P, matmul(C, X)),
+            transposed_times=lambda Y: self.T @ Y + matmul(C.T, matmul(P.T, Y)),
+            energy=lambda: self.energy() + jnp.sum(C * (2 * (self.T @ P).T + C)),
+            dense=lambda: self.dense() + matmul(P, C),
         )
 
 
@@ -363,11 +361,7 @@ def eigh(C: jax.Array) -> tuple[jax.Array, jax.Array]:
         order = jnp.argsort(values)  # to sort the vectors with them takes seconds to compile
         return values[order], V[:, order]
 
-    def default(C):
-        V, values = lax.linalg.eigh(C)
-        return values, V
-
-    return lax.platform_dependent(C, tpu=jacobi, default=default)
+    return lax.platform_dependent(C, tpu=jacobi, default=lambda C: tuple(jnp.linalg.eigh(C)))
 
 
 def left_singular_vectors(Y: jax.Array) -> jax.Array:
