@@ -220,9 +220,8 @@ def _nearest_of_16(unit, book, noise):
         return sum((unit > np.float32(edge)).astype(jnp.uint8) for edge in edges)
     below = sum((unit >= np.float32(value)).astype(jnp.uint8) for value in book[1:])
     here = _of_16(below, book)
-    gap = (
-        _of_16(jnp.minimum(below + np.uint8(1), np.uint8(15)), book) - here
-    )  # 0 at the end of the book
+    # 0 at the end of the book
+    gap = _of_16(jnp.minimum(below + np.uint8(1), np.uint8(15)), book) - here
     up = noise * gap < unit - here
     return jnp.minimum(below + up.astype(jnp.uint8), np.uint8(15))
 

@@ -138,9 +138,8 @@ def plan(
                 for way in ways:
                     gradients = one_layer + ends if way else parameters
                     temporaries = _temporaries(single if way else shapes, rank)
-                    total = parameters + state + gradients + temporaries
-                    fits = total + activations <= size
                     sizes = parameters, state, gradients, temporaries
+                    fits = sum(sizes) + activations <= size
                     rows.append(PlanRow(name, rank, codes, way, *sizes, fits))
     return Plan(size, tuple(rows))
 

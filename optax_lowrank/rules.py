@@ -188,10 +188,8 @@ def of_rule(rule: Rule, batch_axes: int = 0) -> OfRule:
 
             args = (x, state.leaves[path], weights.get(path))
             out[path], states[path] = before, _ = after(before, mapped(one), *args)
-        count = optax.safe_increment(state.count)
-        return treedef.unflatten(out.values()), OfRuleState(
-            count, states if leaves else state.leaves
-        )
+        count, states = optax.safe_increment(state.count), states if leaves else state.leaves
+        return treedef.unflatten(out.values()), OfRuleState(count, states)
 
     tx = OfRule(init, automatic(update))
     tx.rule = rule
