@@ -172,11 +172,7 @@ def _heads_by_vocabulary(decisions: dict[str, _Decision], shapes: dict[str, Shap
     A feed-forward layer of width v has a matrix from d to v as well, but then one from v, too.
     """
     tables = {shapes[path] for path, (_, why) in decisions.items() if why == "embedding"}
-    views = {
-        path: MatrixView.of(shapes[path], axes, "reduction")
-        for path, (axes, _) in decisions.items()
-        if axes is not None
-    }
+    views = _views(decisions, shapes, "reduction")
     taken = {view.m for view in views.values()}
     return [
         path
@@ -256,19 +252,25 @@ def _decide(params, overrides, strict: bool) -> tuple[dict[str, _Decision], dict
     shapes = {path: _shape(leaf) for path, leaf in leaves.items()}
     chosen = _overridden(leaves, overrides(params) if callable(overrides) else overrides, strict)
     known = _known(params)
-    decisions = {
-        path: chosen[path] if path in chosen else _by_rule(path, shape, known.get(path))
-        for path, shape in shapes.items()
-    }
-    for path, (axes, why) in decisions.items():
+
+    def decide(path, shape):
+        axes, why = chosen.get(path) or _by_rule(path, shape, known.get(path))
         if axes is not None:
-            sides = sides_of(axes, shapes[path], f"leaf {path!r} of shape {shapes[path]}")
+            sides = sides_of(axes, shape, f"leaf {path!r} of shape {shape}")
             axes = MatrixAxes(*(side[0] if len(side) == 1 else side for side in sides))
-            decisions[path] = _Decision(axes, why)
+        return _Decision(axes, why)
+
+    decisions = {path: decide(path, shape) for path, shape in shapes.items()}
     for path in _heads_by_vocabulary(decisions, shapes):
         if path not in chosen:
             decisions[path] = _Decision(None, "head: its output is a vocabulary")
     return decisions, shapes
+
+
+def _views(decisions, shapes, side) -> dict[str, MatrixView]:
+    """Of the leaves that are matrices."""
+    found = {path: axes for path, (axes, _) in decisions.items() if axes is not None}
+    return {path: MatrixView.of(shapes[path], axes, side) for path, axes in found.items()}
 
 
 def axes_by_path(params, overrides=None, *, strict: bool = True) -> dict[str, MatrixAxes | None]:
@@ -459,12 +461,8 @@ def describe(
     if hasattr(params, "update") and hasattr(params, "init"):
         raise TypeError("`params` must be parameters, got an optimizer: give `params, rank=...`.")
     decisions, shapes = _decide(params, overrides, strict=True)
-
-    def views_of(side):
-        found = {path: axes for path, (axes, _) in decisions.items() if axes is not None}
-        return {path: MatrixView.of(shapes[path], axes, side) for path, axes in found.items()}
-
-    views, short = views_of(side), views_of("short")  # optimizers look at the shorter side first
+    # optimizers look at the shorter side first
+    views, short = (_views(decisions, shapes, side) for side in (side, "short"))
     of = lambda views: {} if rank is None else ranks_by_path(views, rank, strict=True)
     ranks, least = of(views), of(short)
     lines, projected = {}, []
