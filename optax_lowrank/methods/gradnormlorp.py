@@ -9,7 +9,6 @@ Huang et al., arXiv:2412.19616. Column norms ‖·‖, one a unit of output, gau
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -106,7 +105,14 @@ def weight_norm(
     """
     inner = optax.with_extra_args_support(inner)
 
-    views_of = functools.partial(_views_of, axes=axes)
+    def views_of(tree):
+        leaves, treedef, views = views_by_path(tree, axes, "reduction")
+        dense = [path for path, view in views.items() if view is None]
+        if dense:
+            raise ValueError(
+                f"`weight_norm` has no matrix view for {dense}. Use `optax.masked` or `assemble`."
+            )
+        return views, leaves, treedef
 
     def init(params):
         views, leaves, _ = views_of(params)
@@ -145,16 +151,6 @@ def weight_norm(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _views_of(tree, axes):
-    leaves, treedef, views = views_by_path(tree, axes, "reduction")
-    dense = [path for path, view in views.items() if view is None]
-    if dense:
-        raise ValueError(
-            f"`weight_norm` has no matrix view for {dense}. Use `optax.masked` or `assemble`."
-        )
-    return views, leaves, treedef
-
-
 def normalised(
     magnitude: Rule,
     learning_rate: optax.ScalarOrSchedule,
@@ -170,9 +166,7 @@ def normalised(
       accumulate: micro-batches of an update.
     """
     magnitude = accumulated(magnitude, accumulate)
-    rate = lambda count: (
-        learning_rate(count // accumulate) if callable(learning_rate) else learning_rate
-    )
+    rate_at = learning_rate if callable(learning_rate) else lambda _: learning_rate
     units = lambda x: x.reshape(1, -1)
 
     def init(W, axis):
@@ -183,7 +177,7 @@ def normalised(
         N, _, state = magnitude.step(units(D_M), None, state, count=count, **extra)
         last = (count + 1) % accumulate == 0
         N = N.reshape(M.shape) + jnp.where(last, decay, 0).astype(M.dtype) * M
-        step = -jnp.asarray(rate(count), M.dtype)
+        step = -jnp.asarray(rate_at(count // accumulate), M.dtype)
         return difference(W.astype(M.dtype), M, step * U.astype(M.dtype), step * N, axis), state
 
     return Geometry(init, tangent, retract, reads_weights=True)
