@@ -195,27 +195,19 @@ class Options:
         inner = checks.probed("base_optimizer", right, downhill=False)
         if self.state_bits is not None:
             inner = checks.trusted(quantize_state(inner, **self.bits))
+        assembled = functools.partial(
+            assemble, rank=self.rank, inner=inner, weight_decay=self.weight_decay, mask=self.mask
+        )
         dense = self.dense
         if self.dense_learning_rate is not None:
-            dense = assemble(
-                optax.identity(),
-                self.dense_learning_rate,
-                rank=self.rank,
-                inner=inner,
-                axes=lambda tree: jax.tree.map(lambda _: None, tree),
-                weight_decay=self.weight_decay,
-                mask=self.mask,
-            )
+            none = lambda tree: jax.tree.map(lambda _: None, tree)
+            dense = assembled(optax.identity(), self.dense_learning_rate, axes=none)
             dense = checks.trusted(dense)
-        return assemble(
+        return assembled(
             matrix,
             learning_rate,
-            rank=self.rank,
-            inner=inner,
             dense=dense,
             axes=self.weight_dimension_numbers,
-            weight_decay=self.weight_decay,
-            mask=self.mask,
             owns_learning_rate=owns_learning_rate,
             accumulate=self.accumulate,
             axis_name=self.axis_name,
