@@ -462,7 +462,7 @@ def describe(
         raise TypeError("`params` must be parameters, got an optimizer: give `params, rank=...`.")
     decisions, shapes = _decide(params, overrides, strict=True)
     # optimizers look at the shorter side first
-    views, short = (_views(decisions, shapes, side) for side in (side, "short"))
+    views, short = (_views(decisions, shapes, which) for which in (side, "short"))
     of = lambda views: {} if rank is None else ranks_by_path(views, rank, strict=True)
     ranks, least = of(views), of(short)
     lines, projected = {}, []

@@ -256,20 +256,17 @@ def chained(*rules: Rule | optax.GradientTransformation) -> Rule:
             new.append(state)
         return R, c, tuple(new)
 
+    def turn(states, turn):
+        return tuple(rule.turn(state, turn) for rule, state in zip(rules, states, strict=True))
+
     return Rule(
         init=lambda R: tuple(rule.init(R) for rule in rules),
-        turn=_turn_each([rule.turn for rule in rules]),
+        turn=unturned if all(rule.turn is unturned for rule in rules) else turn,
         step=step,
         keep=lambda finite, new, old: tuple(
             rule.keep(finite, *pair) for rule, *pair in zip(rules, new, old, strict=True)
         ),
     )
-
-
-def _turn_each(turns):
-    if all(turn is unturned for turn in turns):
-        return unturned
-    return lambda states, turn: tuple(f(s, turn) for f, s in zip(turns, states, strict=True))
 
 
 class AccumulatedState(NamedTuple):
