@@ -67,9 +67,7 @@ def encode(
     unit, scale = in_blocks(x, block_size)
     size = jnp.abs(unit)
     index = _nearest(size, signed)
-    last = 255
-    if signed:
-        last = jnp.where(unit < 0, 127, 128)  # the book has 1, but not −1
+    last = jnp.where(unit < 0, 127, 128) if signed else 255  # the signed book has 1, but not −1
     index = jnp.minimum(index, last)
     if noise is not None:
         here = _value(index, signed)

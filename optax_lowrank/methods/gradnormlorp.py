@@ -118,11 +118,12 @@ def weight_norm(
         views, leaves, _ = views_of(params)
         if not views:  # see `low_rank`
             return WeightNormState(jnp.zeros([]))
-        struct = lambda path, m: jax.ShapeDtypeStruct(
-            (views[path].batch, m, views[path].n), wide(leaves[path])
-        )
-        pair = lambda path: {"direction": struct(path, views[path].m), "magnitude": struct(path, 1)}
-        return WeightNormState(inner.init({path: pair(path) for path in views}))
+
+        def pair(path, view):
+            like = lambda m: jax.ShapeDtypeStruct((view.batch, m, view.n), wide(leaves[path]))
+            return {"direction": like(view.m), "magnitude": like(1)}
+
+        return WeightNormState(inner.init({path: pair(path, view) for path, view in views.items()}))
 
     def update(updates, state, params=None, **extra):
         checks.weights("`weight_norm`", params)
@@ -135,12 +136,10 @@ def weight_norm(
             V = view.fold(weights[path]).astype(wide(weights[path]))
             D_V, (M, D_M) = tangent(view.fold(grads[path]).astype(V.dtype), V, 1)
             # what is not finite in D shows in D_M, since 0 · ∞ is not a number
-            usable[path] = jnp.isfinite(jnp.sum(jnp.square(D_M), axis=(1, 2), keepdims=True))
+            ok = jnp.isfinite(jnp.sum(jnp.square(D_M), axis=(1, 2), keepdims=True))
             W[path] = {"direction": V, "magnitude": M}
-            D[path] = {
-                "direction": jnp.where(usable[path], D_V, 0),
-                "magnitude": jnp.where(usable[path], D_M, 0),
-            }
+            D[path] = {"direction": jnp.where(ok, D_V, 0), "magnitude": jnp.where(ok, D_M, 0)}
+            usable[path] = ok
         u, inner_state = inner.update(D, state.inner, W, **extra)
         out = {}
         for path, view in views.items():
