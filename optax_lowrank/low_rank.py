@@ -340,14 +340,14 @@ class _Core:
         R = jnp.matmul(P.T, G.astype(P.dtype), preferred_element_type=wide(G))
         R = R if K is None else jnp.matmul(R, K)
         R, kept = mean_over(self.setup.axis_name, (R, kept))
+        kinds = {y.dtype for y in jax.tree.leaves(stored)}
         if K is not None:
-            kinds = {y.dtype for y in (G, *jax.tree.leaves(stored))}
-            exact = kinds <= {R.dtype, jnp.dtype("int32")}  # the numbers of a DCT's columns
+            # int32: the numbers of a DCT's columns
+            exact = kinds | {G.dtype} <= {R.dtype, jnp.dtype("int32")}
             R = jnp.where(fitted, _without_round_off(R, 1e-5 if exact else 2**-6), R)
         columns = jnp.sum(jnp.square(G.astype(R.dtype)), axis=0).astype(jnp.float32)
         columns = mean_over(self.setup.axis_name, columns)
-        kinds = {y.dtype for y in (P, *jax.tree.leaves(stored))}
-        floats = {kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)}
+        floats = {kind for kind in kinds | {P.dtype} if jnp.issubdtype(kind, jnp.floating)}
         if floats != {R.dtype} and self.weighs_columns(x, told):
             # now, as it makes arrays of R's size, which would else lie beside those of the rule
             R, columns = jax.lax.optimization_barrier((R, columns + _overlap(P, R)))
