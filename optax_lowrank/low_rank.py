@@ -76,6 +76,11 @@ class LowRankState(NamedTuple):
     leaves: Any  # dict of `Leaf` by path
 
 
+_FLAT = Geometry(
+    lambda W, axis: (), None, lambda U, W, kept, state, **_: (U, state), reads_weights=False
+)
+
+
 def low_rank_states(state: Any) -> list[LowRankState]:
     """Every `LowRankState` with leaves in a tree."""
     is_one = lambda x: isinstance(x, LowRankState)
@@ -155,13 +160,14 @@ def low_rank(
     if side not in get_args(Side):
         raise ValueError(f'`side` must be "short", "long" or "both", got {side!r}.')
     rule, fit = as_rule(rule), randomized_svd() if fit is None else check_fit(fit)
+    geometry = _FLAT if geometry is None else geometry
     setup = Setup(
         basis=fit if hasattr(fit, "implicit") else Fitted(fit, basis_store),
         two_sided=side == "both",
         turn=None if rule.turn is unturned else rule.turn,
         axis_name=axis_name,
         recall=rule.recall,
-        tangent=None if geometry is None else geometry.tangent,
+        tangent=geometry.tangent,
     )
     core = _Core(rule, rank, setup, as_policy(refresh), axes, side, scale, seed, geometry)
     return optax.GradientTransformationExtraArgs(core.init, automatic(core.update))
@@ -179,7 +185,7 @@ class _Core:
     side: Side
     scale: jax.typing.ArrayLike
     seed: int
-    geometry: Geometry | None
+    geometry: Geometry
 
     # ------------------------------------------------------------------------------------------------------ the tree
 
@@ -208,7 +214,7 @@ class _Core:
     def update(self, updates, state, params=None, **extra):
         checks.state(state, LowRankState)
         checks.alike(updates, params)
-        if not self.reads_weights:
+        if not self.geometry.reads_weights:
             return self.step(updates, state, None, **extra)
         checks.weights("this optimizer", params)
         return self.step(updates, state, params, **extra)
@@ -248,10 +254,6 @@ class _Core:
         )
         count = optax.safe_increment(state.count)
         return treedef.unflatten(out.values()), LowRankState(count, stats, leaves)
-
-    @property
-    def reads_weights(self):
-        return self.geometry is not None and self.geometry.reads_weights
 
     def weighs_columns(self, x: Matrix, told):
         """Whether the rule weighs columns of the gradient, which takes the whole of it."""
@@ -295,11 +297,9 @@ class _Core:
         """The state of one leaf before the first step; `coded` of `Asked`."""
         shape = r, r if self.setup.two_sided else view.n
         R = jnp.zeros(shape, dtype) if coded is None else Asked(shape, dtype, r, coded)
-        leaf = Leaf(self.bases(view, r, dtype), repeated(self.rule.init(R), view.batch))
-        if self.geometry is None:
-            return leaf
-        W = jax.ShapeDtypeStruct((view.m, view.n), dtype)
-        return leaf._replace(geometry=repeated(self.geometry.init(W, view.sum_axis), view.batch))
+        outer = self.geometry.init(jax.ShapeDtypeStruct((view.m, view.n), dtype), view.sum_axis)
+        states = (repeated(state, view.batch) for state in (self.rule.init(R), outer))
+        return Leaf(self.bases(view, r, dtype), *states)
 
     def bases(self, view, r, dtype):
         """What is stored of the bases of one leaf before the first step."""
@@ -373,18 +373,14 @@ class _Core:
                 raise ValueError('a rule that weighs columns needs `side="short"` or "long".')
             T, _ = self.tangent(x, G, W)
             U = (U.astype(dtype) + T.astype(dtype) * c.astype(dtype)[None]).astype(G.dtype)
-        new_outer, lifted = outer, U
-        if self.geometry is not None:
-            of = x.view.in_memory
-            U, new_outer = self.geometry.retract(
-                of(U), of(W), kept, outer, axis=x.view.sum_axis_in_memory, **told
-            )
-            U = of(U.astype(G.dtype))
+        of, axis, lifted = x.view.in_memory, x.view.sum_axis_in_memory, U
+        U, new_outer = self.geometry.retract(of(U), of(W), kept, outer, axis=axis, **told)
+        U = of(U.astype(G.dtype))
         U = jnp.where(finite, U, 0).astype(G.dtype)
         new, new_outer = self.rule.keep(finite, new, old), put_back(finite, new_outer, outer)
         # To look at an update, XLA for CPUs computes it once more, and copies the weights that it reads, as they are
         # overwritten by then.
-        awaited = lifted if self.reads_weights else U
+        awaited = lifted if self.geometry.reads_weights else U
         return U, new, new_outer, awaited, energy, jnp.sum(columns), finite
 
     def tangent(self, x, G, W):
