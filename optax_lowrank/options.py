@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import re
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -233,13 +235,8 @@ def alias(
 
     def decorate(function):
         rate, *own, _ = inspect.signature(function).parameters.values()  # the last is `options`
-        shared = [
-            inspect.Parameter(
-                f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
-            )
-            for f in dataclasses.fields(Options)
-            if f.name not in without
-        ]
+        of_all = inspect.signature(Options).parameters.values()
+        shared = [p for p in of_all if p.name not in without]
         every = {
             p.name: p.replace(default=defaults.get(p.name, p.default)) for p in [*shared, *own]
         }
@@ -277,14 +274,10 @@ def _bound(optimizer: str, signature, args, kwargs):
 
 def _with_options(doc: str, names: set[str]) -> str:
     """A docstring whose line `**options` of its Args is replaced by what `Options` says of these names."""
-    entries, text = [], inspect.cleandoc(Options.__doc__).split("Args:\n")[1]
-    for line in text.splitlines():
-        if line.startswith("  ") and not line.startswith("   "):
-            entries.append([line])
-        else:
-            entries[-1].append(line)
-    keep = [e for e in entries if {n.strip() for n in e[0].split(":")[0].split(",")} & names]
-    lines = "\n".join("    " + line for entry in keep for line in entry)
+    text = inspect.cleandoc(Options.__doc__).split("Args:\n")[1]
+    entries = re.split(r"\n(?=  \S)", text)
+    keep = [e for e in entries if {n.strip() for n in e.split(":")[0].split(",")} & names]
+    lines = textwrap.indent("\n".join(keep), "    ")
     return doc.replace("      **options: see `Options`.", lines)
 
 
