@@ -26,22 +26,18 @@ class Turn(NamedTuple):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """What is linear in the gradient, in the new coordinates: exact within the old subspace."""
-        return _turned(self.Q, self.K, x)
+        x = matmul(self.Q, x.astype(self.Q.dtype))
+        has_columns = self.K is not None and x.shape[-1] == self.K.shape[-1]
+        return matmul(x, self.K.mT) if has_columns else x
 
     def squared(self, x: jax.Array) -> jax.Array:
         """The same for averages of squares, by Q∘Q: exact where coordinates were uncorrelated."""
-        return _turned(jnp.square(self.Q), None if self.K is None else jnp.square(self.K), x)
+        return jax.tree.map(jnp.square, self)(x)
 
     @property
     def of_rows(self) -> "Turn":
         """That of what has one number a row, and no columns to turn."""
         return self._replace(K=None)
-
-
-def _turned(Q, K, x):
-    x = matmul(Q, x.astype(Q.dtype))
-    has_columns = K is not None and x.shape[-1] == K.shape[-1]
-    return matmul(x, K.mT) if has_columns else x
 
 
 def unturned(state: Any, turn: Turn) -> Any:
