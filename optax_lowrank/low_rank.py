@@ -76,8 +76,12 @@ class LowRankState(NamedTuple):
     leaves: Any  # dict of `Leaf` by path
 
 
+# steps as they are
 _FLAT = Geometry(
-    lambda W, axis: (), None, lambda U, W, kept, state, **_: (U, state), reads_weights=False
+    init=lambda W, axis: (),
+    tangent=None,
+    retract=lambda U, W, kept, state, **_: (U, state),
+    reads_weights=False,
 )
 
 

@@ -136,12 +136,11 @@ def diagnostics(state) -> Diagnostics:
         stats, (count,) = Statistics(*jax.tree.leaves(x.stats)), jax.tree.leaves(x.count)
         if count.ndim:
             raise ValueError(f"`state` is a stack of {len(count)}: `jax.vmap(diagnostics)(state)`.")
-        bases = {path: first_basis(leaf.basis) for path, leaf in x.leaves.items()}
         batch = {path: _batch(path, leaf) for path, leaf in x.leaves.items()}
         for path, place in positions(batch).items():
             last_fit = stats.last_fit[place]
             found[path] = LeafDiagnostics(
-                rank=_active(bases[path], last_fit),
+                rank=_active(first_basis(x.leaves[path].basis), last_fit),
                 captured_energy=stats.captured[place],
                 steps_since_refresh=jnp.where(last_fit < 0, -1, count - 1 - last_fit),
                 skips=stats.skips[place],
