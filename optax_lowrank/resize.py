@@ -65,14 +65,11 @@ def resize(
     coded = _coded(_shapes(tx, params), _by_name(state))
     target = _shapes(tx, params, ranks, coded)
     _check_axes(state, target, old, _ranks(target))
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(state)
+    leaves, treedef = jax.tree.flatten(state)
     wanted = jax.tree.leaves(target)
-    grows = [x.size < y.size for (_, x), y in zip(keyed, wanted, strict=True)]
-    starts = iter(_initial_leaves(tx, params, ranks, coded, grows))
-    return treedef.unflatten(
-        _moved(x, y, next(starts) if more else None)
-        for (_, x), y, more in zip(keyed, wanted, grows, strict=True)
-    )
+    grows = [x.size < y.size for x, y in zip(leaves, wanted, strict=True)]
+    starts = _initial_leaves(tx, params, ranks, coded, grows)
+    return treedef.unflatten(map(_moved, leaves, wanted, starts))
 
 
 def compact(
@@ -207,15 +204,15 @@ def _coded(usual, names) -> dict[str, frozenset[str]]:
 
 
 def _initial_leaves(tx, params, ranks, coded, chosen):
-    """The chosen leaves of `tx.init(params)`; none of the others is allocated."""
+    """The chosen leaves of `tx.init(params)`, None for the others, of which none is allocated."""
     if not any(chosen):
-        return []
+        return [None] * len(chosen)
 
     def start():  # from zeros: what grows depends on shapes only
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
         return jax.tree.leaves(tx.init(_asked(zeros, ranks, coded)))
 
-    return jax.jit(lambda: [x for x, take in zip(start(), chosen, strict=True) if take])()
+    return jax.jit(lambda: [x if take else None for x, take in zip(start(), chosen, strict=True)])()
 
 
 def _by_name(tree) -> dict[str, Any]:
