@@ -189,9 +189,7 @@ def _decaying(mask, params) -> dict[str, jax.Array]:
         if choice not in (True, False):
             raise TypeError(f"{kind}; it has {checks.shown(choice)}.")
     try:
-        whole = jax.tree.map(
-            lambda choice, part: jax.tree.map(lambda _: bool(choice), part), chosen, params
-        )
+        whole = jax.tree.broadcast(chosen, params)
     except ValueError as error:
         raise ValueError(f"{kind}; {error}") from error
     chosen, weights = flatten_by_path(whole)[0], flatten_by_path(params)[0]

@@ -240,8 +240,5 @@ def gradnormlorp(
 
 def _decay_labels(mask, tree):
     """A decay mask as labels of the part of the parameters that `optax.partition` has left in `tree`."""
-    chosen = mask(tree) if callable(mask) else mask
-    label = lambda choice, part: jax.tree.map(
-        lambda _: "decayed" if choice else "not decayed", part
-    )
-    return jax.tree.map(label, chosen, tree)  # a mask may be a prefix of the tree
+    chosen = jax.tree.broadcast(mask(tree) if callable(mask) else mask, tree)  # from a prefix
+    return jax.tree.map(lambda choice: "decayed" if choice else "not decayed", chosen)
