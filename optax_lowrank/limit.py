@@ -108,9 +108,8 @@ def limit_norm_growth(
     checks.number("limit", limit, 1)
 
     def init(params):
-        return NormGrowthState(
-            jax.tree.map(lambda p: jnp.zeros(p.shape[:batch_axes], jnp.float32), params)
-        )
+        start = lambda p: jnp.zeros(p.shape[:batch_axes], jnp.float32)
+        return NormGrowthState(jax.tree.map(start, params))
 
     def update(updates, state, params=None):
         del params

@@ -248,9 +248,8 @@ class _Core:
             with checks.noted(_note(path, matrix.view)):
                 updated = update_leaf(matrix, *new.leaves[path], before)
             out[path], leaves[path], numbers[path], before = updated
-        energy, total, finite = map(
-            jnp.concatenate, zip(*(numbers[p] for p in places), strict=True)
-        )
+        in_order = (numbers[path] for path in places)
+        energy, total, finite = map(jnp.concatenate, zip(*in_order, strict=True))
         if not getattr(self.refresh, "watches_captured", False):
             total = new.energy
         stats = next_statistics(

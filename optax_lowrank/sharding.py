@@ -116,9 +116,7 @@ def _leading(spec, leaf_shape, shape) -> PartitionSpec:
     """Spec of codes' scales (..., blocks): the leading axes lie as the parameter's."""
     if len(shape) != len(leaf_shape) or shape[:-1] != leaf_shape[:-1]:
         return PartitionSpec()
-    return PartitionSpec(
-        *[spec[axis] if axis < len(spec) else None for axis in range(len(shape) - 1)]
-    )
+    return PartitionSpec(*[_merged(spec, [axis]) for axis in range(len(shape) - 1)])
 
 
 def _folded(names, x, leaf_shape, axes: MatrixAxes, spec, short) -> PartitionSpec:
