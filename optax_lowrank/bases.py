@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optax_lowrank import linalg
 from optax_lowrank.codes import Book
 from optax_lowrank.fits import Fit, call_fit
-from optax_lowrank.linalg import LinearOperator, as_operator
+from optax_lowrank.linalg import LinearOperator, as_operator, exact
 
 
 class Basis(Protocol):
@@ -244,11 +244,10 @@ def _nearest_orthonormal(D, rounds):
     D = D / jnp.where(length > 0, length, 1)  # zeros: a column that is not used
     r = D.shape[-1]
     identity = jnp.broadcast_to(jnp.eye(r, dtype=D.dtype), (*D.shape[:-2], r, r))
-    # not `linalg.matmul`: in steps, the parts of all bases of a leaf would be there at once
-    exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     # of what is small a few digits do, which is a program of half the size for a TPU
     small = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGH)
     for _ in range(rounds):
+        # not `linalg.matmul`: in steps, the parts of all bases of a leaf would be there at once
         E = identity - exact(D.mT, D)
         # (I − E)^(−1/2) − I, what is left out is of fourth order
         D = D + small(D, E / 2 + small(small(E, E), 3 / 8 * identity + 5 / 16 * E))

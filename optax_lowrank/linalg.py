@@ -17,6 +17,8 @@ from jax import lax
 
 from optax_lowrank.walls import loop
 
+exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # in one kernel
+
 
 @jax.jit  # traced once for operands that are alike
 def matmul(A: jax.Array, B: jax.Array) -> jax.Array:
@@ -38,7 +40,6 @@ def matmul(A: jax.Array, B: jax.Array) -> jax.Array:
       >>> linalg.matmul(jnp.eye(2), jnp.array([[1.0], [2.0]])).tolist()
       [[1.0], [2.0]]
     """
-    exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     if A.dtype != jnp.float32:
         return exact(A, B)
     return lax.platform_dependent(A, B, tpu=_in_parts, default=exact)

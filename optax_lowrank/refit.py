@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from optax_lowrank.bases import Basis
-from optax_lowrank.linalg import LinearOperator, matmul
+from optax_lowrank.linalg import LinearOperator, exact, matmul
 from optax_lowrank.refresh import positions
 from optax_lowrank.rules import Turn, wide
 from optax_lowrank.views import MatrixView
@@ -219,12 +219,11 @@ def _gradient(setup, matrices, leaf, layer):
 def _divided(apply, scale, shape, dtype) -> LinearOperator:
     # in products the thin factor is divided: no copy of G, and XLA for TPUs makes half the program where it sees that a
     # float32 G was bfloat16; not `linalg.matmul`, whose parts of G would be as large as G
-    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     return LinearOperator(
         shape,
         dtype,
-        lambda X: apply(product, X / scale),
-        lambda Y: apply(lambda G, Y: product(G.T, Y), Y / scale),
+        lambda X: apply(exact, X / scale),
+        lambda Y: apply(lambda G, Y: exact(G.T, Y), Y / scale),
         lambda: apply(lambda G: jnp.sum(jnp.square(G / scale))),
         lambda: apply(lambda G: G / scale),
     )
