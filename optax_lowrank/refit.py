@@ -177,18 +177,16 @@ def _pick(leaf, branches, *operands):
 
 
 def _load(setup, matrices, leaves, leaf, layer) -> _Loaded:
-    def of(x, written):
-        def read():
-            recalled = None
-            basis, rule = entry(written, layer)
-            if setup.recall:
-                state = rule if setup.turn else entry(x.leaf.rule, layer)
-                recalled = setup.recall(state).astype(wide(x.gradient))
-            return _Loaded(recalled, basis, rule, x.last_fit[layer])
+    def load(x, written):
+        recalled = None
+        basis, rule = entry(written, layer)
+        if setup.recall:
+            state = rule if setup.turn else entry(x.leaf.rule, layer)
+            recalled = setup.recall(state).astype(wide(x.gradient))
+        return _Loaded(recalled, basis, rule, x.last_fit[layer])
 
-        return read
-
-    return _pick(leaf, [of(x, old) for x, old in zip(matrices, leaves, strict=True)])
+    loads = [functools.partial(load, *of) for of in zip(matrices, leaves, strict=True)]
+    return _pick(leaf, loads)
 
 
 def _gradient(setup, matrices, leaf, layer):
@@ -198,19 +196,14 @@ def _gradient(setup, matrices, leaf, layer):
     of gradients that differ by device: products are averaged, of ‖G‖² and the largest entry a bound.
     """
 
-    def of(x):
-        def load():
-            G = x.view.matrix(x.gradient, layer)
-            if setup.tangent:
-                G, _ = setup.tangent(G, x.view.matrix(x.weight, layer), x.view.sum_axis)
-            return G.astype(wide(G))
-
-        return load
-
-    loads = [of(x) for x in matrices]
+    def load(x):
+        G = x.view.matrix(x.gradient, layer)
+        if setup.tangent:
+            G, _ = setup.tangent(G, x.view.matrix(x.weight, layer), x.view.sum_axis)
+        return G.astype(wide(G))
 
     def apply(f, *operands):
-        branches = [lambda *y, load=load: f(load(), *y) for load in loads]
+        branches = [lambda *y, x=x: f(load(x), *y) for x in matrices]
         return mean_over(setup.axis_name, _pick(leaf, branches, *operands))
 
     return apply
