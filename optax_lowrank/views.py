@@ -115,7 +115,7 @@ def owned_leaves(state, params) -> list[tuple[tuple, Any, str | None]]:
     # dicts of Optax's whose keys are labels: a leaf may be called like one
     labelled = {"inner_states", "hyperparams", "hyperparams_states"}
 
-    def visit(keys, node):
+    def visit(keys, node) -> list:
         by_label = keys and getattr(keys[-1], "name", None) in labelled
         if isinstance(node, Mapping) and node and set(node) <= paths and not by_label:
             own = [((jax.tree_util.DictKey(path),), child) for path, child in node.items()]
