@@ -70,7 +70,7 @@ def quantize_state(
     block_size = (256 if bits == 8 else 128) if block_size is None else block_size
     if block_size < 1:
         raise ValueError(f"`block_size` must be positive, got {block_size}.")
-    rule, book = as_rule(inner), Book(bits, block_size)
+    rule, book, fields = as_rule(inner), Book(bits, block_size), frozenset(unsigned)
 
     def init(R):
         large = lambda _, x: (
@@ -120,7 +120,7 @@ def quantize_state(
         return jax.tree_util.tree_map_with_path(leaf, state.inner)
 
     def signed(key_path):
-        return not {getattr(part, "name", None) for part in key_path} & {*unsigned}
+        return not {getattr(part, "name", None) for part in key_path} & fields
 
     turn_if_any = unturned if rule.turn is unturned else turn
     return of_rule(Rule(init, turn_if_any, step, rule.recall and recall))
