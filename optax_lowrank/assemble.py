@@ -12,7 +12,7 @@ from optax_lowrank import checks
 from optax_lowrank.classify import Rank, axes_by_path, describe, ranks_by_path, views_by_path
 from optax_lowrank.low_rank import low_rank_states
 from optax_lowrank.refresh import positions
-from optax_lowrank.rules import OfRuleState, in_dtypes_of, put_back, wide
+from optax_lowrank.rules import OfRuleState, in_dtypes_of, is_finite, put_back, wide
 from optax_lowrank.views import flatten_by_path
 from optax_lowrank.walls import AxisName, automatic, mean_over
 
@@ -204,12 +204,7 @@ def _taken(updates, state, axes) -> dict[str, jax.Array]:
         places = positions({path: views[path].batch for path in part.leaves})
         for path, place in places.items():
             taken[path] = views[path].per_matrix(part.stats.finite[place])
-    return taken | {path: _finite(g) for path, g in leaves.items() if path not in taken}
-
-
-def _finite(g):
-    # a square that overflows would stay in a second moment for good
-    return jnp.isfinite(jnp.sum(jnp.square(g.astype(wide(g)))))
+    return taken | {path: is_finite(g) for path, g in leaves.items() if path not in taken}
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -244,7 +239,7 @@ def _guarded(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     inner = optax.with_extra_args_support(inner)
 
     def update(updates, state, params=None, **extra):
-        finite = jax.tree.map(_finite, updates)
+        finite = jax.tree.map(is_finite, updates)
         usable = jax.tree.map(lambda ok, g: jnp.where(ok, g, jnp.zeros_like(g)), finite, updates)
         out, new = inner.update(usable, state, params, **extra)
         out = jax.tree.map(lambda ok, u: jnp.where(ok, u, jnp.zeros_like(u)), finite, out)

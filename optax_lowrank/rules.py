@@ -226,6 +226,11 @@ def wide(x: Any) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
+def is_finite(x: jax.Array) -> jax.Array:
+    """() bool, whether an array is finite, and its sum of squares: one that overflows would stay in a second moment."""
+    return jnp.isfinite(jnp.sum(jnp.square(x.astype(wide(x)))))
+
+
 # -------------------------------------------------------------------------------------------------- rules of rules
 
 
@@ -324,7 +329,7 @@ def accumulated(rule: Rule | optax.GradientTransformation, k: int) -> Rule:
                 raise ValueError(
                     "`accumulated` sums coordinates; a rule that weighs columns needs whole gradients."
                 )
-            taken = finite & jnp.isfinite(jnp.sum(jnp.square(A)))
+            taken = finite & is_finite(A)
             return A, AccumulatedState(jnp.where(taken, 0, mean), rule.keep(taken, new, old))
 
         last = (count + 1) % k == 0

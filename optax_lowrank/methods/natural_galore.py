@@ -17,7 +17,7 @@ from jax import lax
 from optax_lowrank import checks
 from optax_lowrank.linalg import push_through_weights
 from optax_lowrank.options import Options, alias
-from optax_lowrank.rules import OfRule, Rule, Turn, chained, of_rule, wide
+from optax_lowrank.rules import OfRule, Rule, Turn, chained, is_finite, of_rule, wide
 from optax_lowrank.walls import entry, loop, put, when
 
 
@@ -128,7 +128,7 @@ def scale_by_woodbury_fisher(
     def step(R, columns, state, *, count, finite=None, **extra):
         del extra
         if finite is None:  # alone: what is not passes, and leaves the state alone
-            finite = jnp.isfinite(jnp.sum(jnp.square(R)))
+            finite = is_finite(R)
             out, c, state = step(R, columns, state, count=count, finite=finite)
             return jnp.where(finite, out, R), c, state
         slot, code = count % history, encode(R, state.history.dtype)
