@@ -1,5 +1,6 @@
 """Optimizer state in 8 or 4 bits, for any Optax transformation: decoded, updated, encoded again, leaf after leaf."""
 
+import dataclasses
 import zlib
 from typing import Any, Literal, NamedTuple
 
@@ -70,28 +71,43 @@ def quantize_state(
     block_size = (256 if bits == 8 else 128) if block_size is None else block_size
     if block_size < 1:
         raise ValueError(f"`block_size` must be positive, got {block_size}.")
-    rule, book, fields = as_rule(inner), Book(bits, block_size), frozenset(unsigned)
+    rule, book = as_rule(inner), Book(bits, block_size)
+    coded = _InCodes(rule, book, min_size, frozenset(unsigned), stochastic, seed)
+    turn = unturned if rule.turn is unturned else coded.turn
+    return of_rule(Rule(coded.init, turn, coded.step, rule.recall and coded.recall))
 
-    def init(R):
+
+@dataclasses.dataclass(frozen=True)
+class _InCodes:
+    """The rule of `quantize_state`, whose arguments these are."""
+
+    rule: Rule
+    book: Book
+    min_size: int
+    unsigned: frozenset[str]
+    stochastic: bool
+    seed: int
+
+    def init(self, R):
         large = lambda _, x: (
-            x.ndim > 0 and x.size >= max(min_size, 1) and jnp.issubdtype(x.dtype, jnp.floating)
+            x.ndim > 0 and x.size >= max(self.min_size, 1) and jnp.issubdtype(x.dtype, jnp.floating)
         )
         asked = getattr(R, "coded", None)
         chosen = large if asked is None else lambda path, _: path in asked
-        coded = encode(rule.init(jnp.zeros(R.shape, R.dtype)), chosen, None)
-        return coded._replace(count=jnp.zeros([], jnp.int32) if stochastic else None)
+        coded = self.encode(self.rule.init(jnp.zeros(R.shape, R.dtype)), chosen, None)
+        return coded._replace(count=jnp.zeros([], jnp.int32) if self.stochastic else None)
 
-    def turn(state, turn):
-        return again(rule.turn(decode(state, turn.Q.dtype), turn), state)
+    def turn(self, state, turn):
+        return self.again(self.rule.turn(self.decode(state, turn.Q.dtype), turn), state)
 
-    def step(R, columns, state, **extra):
-        A, c, new = rule.step(R, columns, decode(state, R.dtype), **extra)
-        return A, c, again(new, state)
+    def step(self, R, columns, state, **extra):
+        A, c, new = self.rule.step(R, columns, self.decode(state, R.dtype), **extra)
+        return A, c, self.again(new, state)
 
-    def recall(state):
-        return rule.recall(decode(state, jnp.float32))
+    def recall(self, state):
+        return self.rule.recall(self.decode(state, jnp.float32))
 
-    def encode(state, chosen, count):
+    def encode(self, state, chosen, count):
         scales = {}
 
         def leaf(key_path, x):
@@ -100,27 +116,25 @@ def quantize_state(
                 return x
             noise = None
             if count is not None:
-                key = jax.random.fold_in(jax.random.key(seed), count)
+                key = jax.random.fold_in(jax.random.key(self.seed), count)
                 key = jax.random.fold_in(key, zlib.crc32(path.encode()))
                 noise = jax.random.uniform(key, x.shape, jnp.float32)
-            numbers, scales[path] = book.encode(x, signed(key_path), noise)
+            numbers, scales[path] = self.book.encode(x, self.signed(key_path), noise)
             return numbers
 
         inner = jax.tree_util.tree_map_with_path(leaf, state)
         return CodedState(inner, scales, None if count is None else optax.safe_increment(count))
 
-    def again(new, state):
-        return encode(new, lambda path, _: path in state.block_scale, state.count)
+    def again(self, new, state):
+        return self.encode(new, lambda path, _: path in state.block_scale, state.count)
 
-    def decode(state, dtype):
+    def decode(self, state, dtype):
         def leaf(key_path, x):
             scale = state.block_scale.get(leaf_path(key_path))
-            return x if scale is None else book.decode(x, scale, signed(key_path)).astype(dtype)
+            signed = self.signed(key_path)
+            return x if scale is None else self.book.decode(x, scale, signed).astype(dtype)
 
         return jax.tree_util.tree_map_with_path(leaf, state.inner)
 
-    def signed(key_path):
-        return not {getattr(part, "name", None) for part in key_path} & fields
-
-    turn_if_any = unturned if rule.turn is unturned else turn
-    return of_rule(Rule(init, turn_if_any, step, rule.recall and recall))
+    def signed(self, key_path):
+        return not {getattr(part, "name", None) for part in key_path} & self.unsigned

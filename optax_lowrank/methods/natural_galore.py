@@ -7,6 +7,7 @@ Das, arXiv:2410.16029, section 3, with g = vec(R) and H = [g_k, g_{k−1}, …],
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -84,54 +85,73 @@ def scale_by_woodbury_fisher(
     checks.dtype("history_dtype", history_dtype, jnp.int8)
     if on_refresh not in ("rotate", "clear"):
         raise ValueError(f'`on_refresh` must be "rotate" or "clear", got {on_refresh!r}.')
-    in_codes = history_dtype is not None and jnp.issubdtype(history_dtype, jnp.integer)
+    rule = _Fisher(history, damping, relative_damping, history_dtype, on_refresh, preserve_norm)
+    # the step leaves its state alone where a gradient is bad
+    keep = lambda finite, new, old: new
+    return of_rule(Rule(rule.init, rule.turn, rule.step, keep=keep), batch_axes)
 
-    def encode(g, dtype):
-        if not in_codes:
+
+@dataclasses.dataclass(frozen=True)
+class _Fisher:
+    """The rule of `scale_by_woodbury_fisher`, whose arguments these are."""
+
+    history: int
+    damping: jax.typing.ArrayLike
+    relative_damping: bool
+    dtype: Any
+    on_refresh: str
+    preserve_norm: bool
+
+    @property
+    def in_codes(self):
+        return self.dtype is not None and jnp.issubdtype(self.dtype, jnp.integer)
+
+    def encode(self, g, dtype):
+        if not self.in_codes:
             return g.astype(dtype), None
         unit = jnp.max(jnp.abs(g), axis=-1, keepdims=True) / 127
         return jnp.round(g / jnp.where(unit > 0, unit, 1)).astype(dtype), unit  # a zero row: code 0
 
-    def decode(stored, unit):
+    def decode(self, stored, unit):
         return stored.astype(wide(stored)) if unit is None else stored.astype(unit.dtype) * unit
 
-    def init(R):
-        if in_codes and R.ndim == 0:
+    def init(self, R):
+        if self.in_codes and R.ndim == 0:
             raise ValueError(
-                f"`history_dtype={jnp.dtype(history_dtype).name}` keeps one scale a row, and a leaf has no axis for "
+                f"`history_dtype={jnp.dtype(self.dtype).name}` keeps one scale a row, and a leaf has no axis for "
                 "rows. Use jnp.bfloat16, or keep scalars away with `optax.masked`."
             )
-        shape = (history, *R.shape)
+        shape = (self.history, *R.shape)
         return WoodburyFisherState(
-            history=jnp.zeros(shape, history_dtype or R.dtype),
-            row_scale=jnp.zeros((*shape[:-1], 1), R.dtype) if in_codes else None,
-            gram=jnp.zeros((history, history), R.dtype),
+            history=jnp.zeros(shape, self.dtype or R.dtype),
+            row_scale=jnp.zeros((*shape[:-1], 1), R.dtype) if self.in_codes else None,
+            gram=jnp.zeros((self.history, self.history), R.dtype),
         )
 
-    def turn(state, turn: Turn):
-        if on_refresh == "clear":
+    def turn(self, state, turn: Turn):
+        if self.on_refresh == "clear":
             return jax.tree.map(jnp.zeros_like, state)
 
         # one stored gradient after the other, as XLA for TPUs takes ten times as long to compile products of stacks
         def rotate(i, stored):
-            g = turn(decode(*entry(stored, i)))
-            return put(stored, i, encode(g, state.history.dtype))
+            g = turn(self.decode(*entry(stored, i)))
+            return put(stored, i, self.encode(g, state.history.dtype))
 
         def products(i, gram):
-            row = _inner(H, decode(*entry(stored, i))[None])[:, 0]
+            row = _inner(H, self.decode(*entry(stored, i))[None])[:, 0]
             return put(gram, i, row.astype(gram.dtype))
 
-        stored = loop(history, rotate, (state.history, state.row_scale))
-        H = decode(*stored)
-        return WoodburyFisherState(*stored, loop(history, products, state.gram))
+        stored = loop(self.history, rotate, (state.history, state.row_scale))
+        H = self.decode(*stored)
+        return WoodburyFisherState(*stored, loop(self.history, products, state.gram))
 
-    def step(R, columns, state, *, count, finite=None, **extra):
+    def step(self, R, columns, state, *, count, finite=None, **extra):
         del extra
         if finite is None:  # alone: what is not passes, and leaves the state alone
             finite = is_finite(R)
-            out, c, state = step(R, columns, state, count=count, finite=finite)
+            out, c, state = self.step(R, columns, state, count=count, finite=finite)
             return jnp.where(finite, out, R), c, state
-        slot, code = count % history, encode(R, state.history.dtype)
+        slot, code = count % self.history, self.encode(R, state.history.dtype)
 
         def put(old, new, axis=0):
             kept = lax.dynamic_index_in_dim(old, slot, axis, keepdims=False)
@@ -139,20 +159,16 @@ def scale_by_woodbury_fisher(
 
         push = lambda stored: jax.tree.map(put, stored, code)
         stored, unit = when(count >= 0, push, (state.history, state.row_scale))
-        H, g = decode(stored, unit), decode(*code)
+        H, g = self.decode(stored, unit), self.decode(*code)
         row = _inner(H, g[None])[:, 0]
         gram = put(put(state.gram, row), row, axis=1)
-        weights = _weights(gram, slot, damping, relative_damping)
+        weights = _weights(gram, slot, self.damping, self.relative_damping)
         # a sum of s terms is one pass over H; a product of a row with a matrix is several times slower
-        out = sum(weights[i] * H[i] for i in range(history))
-        if preserve_norm:
+        out = sum(weights[i] * H[i] for i in range(self.history))
+        if self.preserve_norm:
             norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
             out = out * norm(R) / jnp.where(norm(out) > 0, norm(out), 1)  # out = 0 where R = 0
         return out.astype(R.dtype), None, WoodburyFisherState(stored, unit, gram)
-
-    # the step leaves its state alone where a gradient is bad
-    keep = lambda finite, new, old: new
-    return of_rule(Rule(init, turn, step, keep=keep), batch_axes)
 
 
 def _inner(H, G):
