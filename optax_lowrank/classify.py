@@ -121,19 +121,22 @@ def _is_equinox_layer(node) -> bool:
 
 
 def _is_haliax_layer(node) -> bool:
-    return belongs_to(node, "haliax", "Linear", "MoELinear", "Embedding")
+    return belongs_to(node, "haliax", "Linear", "MoELinear", "Conv", "ConvTranspose", "Embedding")
 
 
 def _in_haliax_layer(node) -> _Decision:
-    """The axes of a weight by their names: those of `In` and `Out`; others, of layers and experts, are batch axes."""
+    """The axes of a weight by their names: `In` and window, `Out`; others, of layers and experts, are batch axes."""
     if belongs_to(node, "haliax", "Embedding"):
         return _Decision(None, "embedding")
+    # an array of `haliax` has axes, one of `marin-haliax` only their names where `optax.masked` took the numbers away
+    named = getattr(node.weight, "axis_names", None) or [axis.name for axis in node.weight.axes]
 
-    def places(spec):  # one axis, or several, or a dict by name
-        names = [getattr(x, "name", x) for x in ((spec,) if hasattr(spec, "name") else spec)]
-        return tuple(node.weight.axis_names.index(name) for name in names)
+    def places(*specs):  # each one axis, or several, or a dict by name
+        axes = [x for spec in specs for x in ((spec,) if hasattr(spec, "name") else spec)]
+        return tuple(named.index(getattr(axis, "name", axis)) for axis in axes)
 
-    return _Decision(MatrixAxes(places(node.In), places(node.Out)), f"Haliax {type(node).__name__}")
+    axes = MatrixAxes(places(node.In, getattr(node, "Spatial", ())), places(node.Out))
+    return _Decision(axes, f"Haliax {type(node).__name__}")
 
 
 def _in_layer(node, name: str, shape: Shape) -> _Decision | None:
@@ -316,7 +319,7 @@ dense |
     | fewer than 2 axes | any | (), (n,) | dense |
     | Equinox layer | `weight*` of `eqx.nn.Linear`, `Conv*`, `GRUCell`, `LSTMCell` | (out, in), (L, out, in), \
 (out, in, ...) | all after out → out |
-    | Haliax layer | `weight` of `hnn.Linear`, `hnn.MoELinear` | any | `In` → `Out`, by the names of its axes |
+    | Haliax layer | `weight` of `hnn.Linear`, `MoELinear`, `Conv*` | any | `In`, window → `Out`, by the names of axes |
     | head by vocabulary | any | (d, v) beside an embedding (v, d), v > d, and nothing takes v in | dense |
     | kernel | any | (m, n) | 0 → 1 |
     | convolution | contains `conv` | (..., c_in, c_out) | all others → -1 |

@@ -5,7 +5,6 @@ Inside jit the rank is a mask: columns of a basis beyond the active rank are zer
 `tx.init` at the new ranks say which axes these are. `update` reads ranks off the state: it retraces once and goes on.
 """
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType
 
 from optax_lowrank import checks
 from optax_lowrank.low_rank import low_rank_states
 from optax_lowrank.quantize import CodedState
 from optax_lowrank.report import first_basis, used_columns
 from optax_lowrank.rules import Asked
+from optax_lowrank.sharding import fitting
 from optax_lowrank.views import flatten_by_path
 
 
@@ -179,6 +179,11 @@ def _shapes(tx, params, ranks=MappingProxyType({}), coded=MappingProxyType({})):
 def _asked(params, ranks, coded):
     leaves, treedef = flatten_by_path(params)
     for path in ranks.keys() | coded.keys():
+        if path not in leaves:
+            raise ValueError(
+                f"`params` have no {path!r}, which the optimizer projects: what is around it, as `optax.lookahead`, "
+                f"shows it another tree. They have {list(leaves)}; resize the state of the optimizer inside."
+            )
         x = leaves[path]
         leaves[path] = Asked(x.shape, x.dtype, ranks.get(path), coded.get(path))
     return treedef.unflatten(leaves.values())
@@ -294,25 +299,11 @@ def _moved(x, y, start):
     def move(x, start):
         return x[common] if start is None else start.astype(x.dtype).at[common].set(x[common])
 
-    sharding = _fitting(x.sharding, y.shape)
+    sharding = fitting(x.sharding, y.shape)
     if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
         return jax.sharding.auto_axes(move, out_sharding=sharding)(x, start)
     out = move(x, start)
     return jax.device_put(out, sharding) if len(x.sharding.device_set) > 1 else out
-
-
-def _fitting(sharding, shape):
-    """The sharding, without axes that it does not divide."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-
-    def fits(size, names):
-        names = (names,) if isinstance(names, str) else names or ()
-        return size % math.prod(sharding.mesh.shape[name] for name in names) == 0
-
-    pairs = zip(shape, sharding.spec, strict=False)
-    spec = PartitionSpec(*[names if fits(size, names) else None for size, names in pairs])
-    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 def _last_used_column(P):

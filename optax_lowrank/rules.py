@@ -220,6 +220,13 @@ class Asked(jax.ShapeDtypeStruct):
     def __jax_array__(self):
         return jnp.zeros(self.shape, self.dtype)
 
+    def __getattr__(
+        self, name
+    ):  # methods of arrays: Schedule-Free begins with a `copy` of each parameter
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.__jax_array__(), name)
+
 
 def wide(x: Any) -> Any:
     """The dtype in which an array is computed with: its own, but float32 at least."""

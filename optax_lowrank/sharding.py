@@ -24,6 +24,7 @@ gradient, and what is averaged are coordinates, r · n numbers instead of m · n
     True
 """
 
+import math
 from typing import Any
 
 import jax
@@ -106,7 +107,8 @@ def state_shardings(
         spec = PartitionSpec() if path is None else follow(keys, x, path)
         if spread and path is not None:
             spec = _spread(spec, x.shape, placed[path].spec, mesh)
-        return NamedSharding(mesh, spec)
+        # a side that the mesh divides may lie in as many bytes of codes that it does not
+        return fitting(NamedSharding(mesh, spec), x.shape)
 
     keyed = owned_leaves(shapes, params)
     return jax.tree.structure(shapes).unflatten(place(*one) for one in keyed)
@@ -156,3 +158,17 @@ def _merged(spec, axes):
     """What of a leaf's spec holds for axes merged into one: that of the first, if the others are not sharded."""
     entries = [spec[axis] if axis < len(spec) else None for axis in axes]
     return entries[0] if entries and not any(entries[1:]) else None
+
+
+def fitting(sharding, shape):
+    """The sharding, without axes that it does not divide."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+
+    def fits(size, names):
+        names = (names,) if isinstance(names, str) else names or ()
+        return size % math.prod(sharding.mesh.shape[name] for name in names) == 0
+
+    pairs = zip(shape, sharding.spec, strict=False)
+    spec = PartitionSpec(*[names if fits(size, names) else None for size, names in pairs])
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)

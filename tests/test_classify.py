@@ -336,6 +336,25 @@ class NamedArray:
         return cls(*children, axis_names)
 
 
+@jax.tree_util.register_pytree_node_class
+class OlderNamedArray:
+    """The same of releases that keep axes, not names."""
+
+    def __init__(self, array, axes):
+        self.array, self.axes = array, axes
+
+    def tree_flatten(self):
+        return (self.array,), self.axes
+
+    @classmethod
+    def tree_unflatten(cls, axes, children):
+        return cls(*children, axes)
+
+
+OlderNamedArray.__name__, OlderNamedArray.__module__ = "NamedArray", "haliax.core"
+Axis = collections.namedtuple("Axis", "name size")
+
+
 def haliax_layer(kind, names, shape, **axes):
     fields = ["weight", "bias", *axes]
     layer = dataclasses.make_dataclass(kind, fields)
@@ -347,16 +366,21 @@ def haliax_layer(kind, names, shape, **axes):
 
 def test_haliax_layers_say_which_axes_are_in_and_out():
     """Stacked, with output axes first, several of them, and experts: shapes alone would mislead."""
-    named = collections.namedtuple("Axis", "name size")
-    embed, heads, size = named("embed", 8), named("heads", 3), named("size", 4)
+    embed, heads, size = Axis("embed", 8), Axis("heads", 3), Axis("size", 4)
     query, out = ("layers", "heads", "size", "embed"), ("layers", "embed", "heads", "size")
     expert = ("layers", "expert", "in", "out")
     model = {
         "q_proj": haliax_layer("Linear", query, (2, 3, 4, 8), In=embed, Out=(heads, size)),
         "o_proj": haliax_layer("Linear", out, (2, 8, 3, 4), In=[heads, size], Out=embed),
         "by_name": haliax_layer("Linear", ("out", "in"), (6, 5), In={"in": 5}, Out={"out": 6}),
-        "up": haliax_layer(
-            "MoELinear", expert, (2, 3, 8, 9), In=named("in", 8), Out=named("out", 9)
+        "up": haliax_layer("MoELinear", expert, (2, 3, 8, 9), In=Axis("in", 8), Out=Axis("out", 9)),
+        "conv": haliax_layer(
+            "Conv",
+            ("out", "embed", "H", "W"),
+            (9, 8, 3, 3),
+            In=embed,
+            Out=Axis("out", 9),
+            Spatial={"H": None, "W": None},
         ),
         "table": haliax_layer("Embedding", ("vocab", "embed"), (50, 8), Vocab=50, Embed=embed),
         "input_layernorm": {"weight": NamedArray(jnp.ones((2, 8)), ("layers", "embed"))},
@@ -367,8 +391,16 @@ def test_haliax_layers_say_which_axes_are_in_and_out():
         "o_proj/weight": MatrixAxes((2, 3), 1),
         "by_name/weight": OUT_IN,
         "up/weight": MatrixAxes(2, 3),
+        "conv/weight": MatrixAxes((1, 2, 3), 0),
     }
     assert re.search(r"q_proj/weight .* Haliax Linear\n", describe(model))
+
+
+def test_haliax_arrays_that_keep_axes_instead_of_names():
+    layer = haliax_layer("Linear", (), (), In=Axis("embed", 8), Out=Axis("out", 6))
+    axes = Axis("out", 6), Axis("embed", 8)
+    layer.weight = OlderNamedArray(jax.ShapeDtypeStruct((6, 8), jnp.float32), axes)
+    assert axes_by_path(layer)["weight"] == OUT_IN
 
 
 def test_only_shape_is_read():

@@ -477,6 +477,26 @@ def test_state_of_another_optimizer():
         ol.abstract_state(ol.galore(0.1, rank=8), params | {"kernel": jnp.ones((16, 20))}, state)
 
 
+@pytest.mark.parametrize("options", [{}, {"state_bits": {"bits": 8, "min_size": 1}}], ids=str)
+def test_inside_schedule_free(options):
+    """Its `init` copies the parameters; what it keeps of them stays as it is."""
+    tx = ol.galore(0.01, rank=8, b1=0.0, **options)
+    tx = optax.contrib.schedule_free(tx, 0.01, b1=0.9)
+    params = {"kernel": jnp.ones((16, 24))}
+    _, state = tx.update(params, tx.init(params), params)
+    smaller = ol.resize(tx, state, params, 4)
+    np.testing.assert_array_equal(smaller.z["kernel"], state.z["kernel"])
+    assert set(bases(smaller).values()) == {4}
+    tx.update(params, smaller, params)
+
+
+def test_parameters_that_the_optimizer_inside_does_not_see():
+    tx = optax.lookahead(ol.galore(0.01, rank=8), sync_period=5, slow_step_size=0.5)
+    params = optax.LookaheadParams.init_synced({"kernel": jnp.ones((16, 24))})
+    with pytest.raises(ValueError, match=r"no 'kernel'.*fast/kernel"):
+        ol.resize(tx, tx.init(params), params, 4)
+
+
 def test_array_that_has_no_axis_for_the_rank():
     """A flattened state has rows and columns in one axis: a shorter one would be other entries."""
     flat = optax.GradientTransformation(
