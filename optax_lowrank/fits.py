@@ -22,18 +22,6 @@ from optax_lowrank.walls import cond, vary_alike
 Fit = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Fit:
-    """A function and its first arguments, those before `(key, G, P)`: a `functools.partial` that is a value."""
-
-    function: Callable[..., jax.Array]
-    arguments: tuple = ()
-    by_products: bool = True
-
-    def __call__(self, key, G, P):
-        return self.function(*self.arguments, key, G, P)
-
-
 def svd() -> Fit:
     """Exact basis: the leading left singular vectors of the gradient.
 
@@ -53,13 +41,15 @@ def svd() -> Fit:
     Reference: Zhao et al., arXiv:2403.03507, Algorithm 2. The sign of each column is fixed (the entry of
       largest magnitude is positive); the authors' code keeps whatever sign LAPACK returns.
     """
-    return _Fit(_svd, by_products=False)
+    return _Svd()
 
 
-def _svd(key, G, P):
-    del key
-    U, _, _ = jnp.linalg.svd(G, full_matrices=False)
-    return linalg.fix_signs(U[:, : P.shape[1]])
+@dataclasses.dataclass(frozen=True)
+class _Svd:
+    def __call__(self, key, G, P):
+        del key
+        U, _, _ = jnp.linalg.svd(G, full_matrices=False)
+        return linalg.fix_signs(U[:, : P.shape[1]])
 
 
 def randomized_svd(oversample: int = 8, power_iterations: int = 1) -> Fit:
@@ -93,27 +83,34 @@ def randomized_svd(oversample: int = 8, power_iterations: int = 1) -> Fit:
             f"`randomized_svd` needs oversample >= 0 and power_iterations >= 0, got {oversample=} and "
             f"{power_iterations=}."
         )
-    return _Fit(_randomized_svd, (oversample, power_iterations))
+
+    return _RandomizedSvd(oversample, power_iterations)
 
 
-def _randomized_svd(oversample, power_iterations, key, G, P):
-    G, rank = linalg.as_operator(G), P.shape[1]
-    m, n = G.shape
-    sketch = min(rank + oversample, m, n)
-    if sketch == n:
-        return linalg.left_singular_vectors(G.dense())[:, :rank]
+@dataclasses.dataclass(frozen=True)
+class _RandomizedSvd:
+    oversample: int
+    power_iterations: int
+    by_products = True
 
-    def iterate(i, state):
-        _, Q = state
-        draw = lambda: jax.random.normal(key, (n, sketch), G.dtype)
-        power = lambda: linalg.orthonormalize(G.T @ Q, of_longest=True)
-        Y = G @ cond(i > 0, power, draw)
-        return Y, linalg.orthonormalize(Y, of_longest=True)
+    def __call__(self, key, G, P):
+        G, rank = linalg.as_operator(G), P.shape[1]
+        m, n = G.shape
+        sketch = min(rank + self.oversample, m, n)
+        if sketch == n:
+            return linalg.left_singular_vectors(G.dense())[:, :rank]
 
-    # a loop, so that each product and each factorization is compiled once however often it runs
-    start, _ = vary_alike((jnp.zeros((m, sketch), G.dtype),) * 2, P)
-    Y, Q = jax.lax.fori_loop(0, power_iterations + 1, iterate, start)
-    return linalg.rotate_to_singular_vectors(Q, Y)[:, :rank]
+        def iterate(i, state):
+            _, Q = state
+            draw = lambda: jax.random.normal(key, (n, sketch), G.dtype)
+            power = lambda: linalg.orthonormalize(G.T @ Q, of_longest=True)
+            Y = G @ cond(i > 0, power, draw)
+            return Y, linalg.orthonormalize(Y, of_longest=True)
+
+        # a loop, so that each product and each factorization is compiled once however often it runs
+        start, _ = vary_alike((jnp.zeros((m, sketch), G.dtype),) * 2, P)
+        Y, Q = jax.lax.fori_loop(0, self.power_iterations + 1, iterate, start)
+        return linalg.rotate_to_singular_vectors(Q, Y)[:, :rank]
 
 
 def subspace_iteration() -> Fit:
@@ -136,26 +133,30 @@ def subspace_iteration() -> Fit:
 
     Reference: Robert et al. (LDAdam), arXiv:2410.16103, which tracks its subspace by one step per update.
     """
-    return _Fit(_subspace_iteration)
+    return _SubspaceIteration()
 
 
-def _subspace_iteration(key, G, P):
-    G = linalg.as_operator(G)
+@dataclasses.dataclass(frozen=True)
+class _SubspaceIteration:
+    by_products = True
 
-    def project(state):
-        P, _, tries = state
-        seeds = jax.random.normal(jax.random.fold_in(key, tries), P.shape, P.dtype)
-        P = jnp.where(_there(P)[None, :], P, seeds / P.shape[0] ** 0.5)
-        Z = linalg.orthonormalize(G.T @ P, of_longest=True)
-        return jnp.where(_there(Z)[None, :], P, 0), Z, tries + 1
+    def __call__(self, key, G, P):
+        G = linalg.as_operator(G)
 
-    def again(state):
-        _, Z, tries = state
-        return (tries == 0) | (tries == 1) & ~jnp.all(_there(Z))
+        def project(state):
+            P, _, tries = state
+            seeds = jax.random.normal(jax.random.fold_in(key, tries), P.shape, P.dtype)
+            P = jnp.where(_there(P)[None, :], P, seeds / P.shape[0] ** 0.5)
+            Z = linalg.orthonormalize(G.T @ P, of_longest=True)
+            return jnp.where(_there(Z)[None, :], P, 0), Z, tries + 1
 
-    Z = jnp.zeros((G.shape[1], P.shape[1]), G.dtype)
-    _, Z, _ = jax.lax.while_loop(again, project, (P, Z, 0))
-    return linalg.left_singular_vectors(G @ Z)
+        def again(state):
+            _, Z, tries = state
+            return (tries == 0) | (tries == 1) & ~jnp.all(_there(Z))
+
+        Z = jnp.zeros((G.shape[1], P.shape[1]), G.dtype)
+        _, Z, _ = jax.lax.while_loop(again, project, (P, Z, 0))
+        return linalg.left_singular_vectors(G @ Z)
 
 
 def _there(P):
@@ -177,11 +178,15 @@ def gaussian() -> Fit:
 
     Reference: Hao et al. (Flora), arXiv:2402.03293; ours is orthonormalized, so that P is a projector's basis.
     """
-    return _Fit(_gaussian)
+    return _Gaussian()
 
 
-def _gaussian(key, G, P):
-    return linalg.fix_signs(linalg.orthonormalize(jax.random.normal(key, P.shape, G.dtype)))
+@dataclasses.dataclass(frozen=True)
+class _Gaussian:
+    by_products = True
+
+    def __call__(self, key, G, P):
+        return linalg.fix_signs(linalg.orthonormalize(jax.random.normal(key, P.shape, G.dtype)))
 
 
 def adaptive_rank(
@@ -220,7 +225,7 @@ def adaptive_rank(
     checks.number("min_rank", min_rank, 1)
     checks.number("rank_step", rank_step, 1)
     check_fit(fit)
-    adapted = _Fit(_adaptive_rank, (fit, max_residual_energy, min_rank, rank_step))
+    adapted = _AdaptiveRank(fit, max_residual_energy, min_rank, rank_step)
     try:
         hash(adapted)
     except TypeError:  # an array has no hash; a bound method has that of its object's identity
@@ -228,20 +233,28 @@ def adaptive_rank(
     return adapted
 
 
-def _adaptive_rank(fit, max_residual_energy, min_rank, rank_step, key, G, P):
-    if not isinstance(G, linalg.LinearOperator):
-        largest = jnp.max(jnp.abs(G))  # squares overflow long before G does
-        G = G / jnp.where(largest > 0, largest, 1)
-    G = linalg.as_operator(G)
-    P = call_fit(fit, key, G, P)
-    kept = jnp.cumsum(jnp.sum(jnp.square(G.T @ P), axis=0))
-    lost = 1 - kept / G.energy()  # NaN for G = 0, whose basis is zero at every rank
-    ranks = jnp.arange(1, P.shape[1] + 1)
-    least, step = (jnp.maximum(jnp.round(x), 1) for x in (min_rank, rank_step))
-    tried = (ranks >= least) & ((ranks - least) % step == 0)
-    enough = tried & (lost <= max_residual_energy)
-    rank = jnp.where(jnp.any(enough), ranks[jnp.argmax(enough)], P.shape[1])
-    return jnp.where(ranks <= rank, P, 0)
+@dataclasses.dataclass(frozen=True)
+class _AdaptiveRank:
+    fit: Fit
+    max_residual_energy: float
+    min_rank: int
+    rank_step: int
+    by_products = True
+
+    def __call__(self, key, G, P):
+        if not isinstance(G, linalg.LinearOperator):
+            largest = jnp.max(jnp.abs(G))  # squares overflow long before G does
+            G = G / jnp.where(largest > 0, largest, 1)
+        G = linalg.as_operator(G)
+        P = call_fit(self.fit, key, G, P)
+        kept = jnp.cumsum(jnp.sum(jnp.square(G.T @ P), axis=0))
+        lost = 1 - kept / G.energy()  # NaN for G = 0, whose basis is zero at every rank
+        ranks = jnp.arange(1, P.shape[1] + 1)
+        least, step = (jnp.maximum(jnp.round(x), 1) for x in (self.min_rank, self.rank_step))
+        tried = (ranks >= least) & ((ranks - least) % step == 0)
+        enough = tried & (lost <= self.max_residual_energy)
+        rank = jnp.where(jnp.any(enough), ranks[jnp.argmax(enough)], P.shape[1])
+        return jnp.where(ranks <= rank, P, 0)
 
 
 def call_fit(fit: Fit, key: jax.Array, G: jax.Array | linalg.LinearOperator, P: jax.Array):
