@@ -356,7 +356,9 @@ def test_compare_reads_arguments_of_a_file(tmp_path, capsys):
     assert "--baseline fira: not among fira --rank 8, muon" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["front.txt", "front_tuned.txt", "front_longer.txt"])
+@pytest.mark.parametrize(
+    "name", ["front.txt", "front_tuned.txt", "front_longer.txt", "front_larger.txt"]
+)
 def test_compare_reads_the_lists_that_are_shipped(name):
     args, _ = compare.parse([f"@{Path(compare.__file__).parent / name}"])
     rates = {x.name: x.rates for x in map(compare.parse_contender, args.optimizers)}
