@@ -439,7 +439,7 @@ def test_state_shardings_of_a_side_whose_bytes_a_mesh_does_not_divide(make):
     """Four devices take three columns each, and cannot share the six bytes of two 4-bit codes."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
     along = {"kernel": NamedSharding(mesh, P(None, "x"))}
-    params = jax.device_put({"kernel": jnp.ones((16, 12))}, along)
+    params = jax.device_put({"kernel": jnp.ones((8, 12))}, along)
     tx = make(0.1, rank=4, state_bits={"bits": 4, "min_size": 1})
     shardings = ol.state_shardings(tx, params, along)
     jax.block_until_ready(jax.jit(tx.init, out_shardings=shardings)(params))
