@@ -128,7 +128,7 @@ def _in_haliax_layer(node) -> _Decision:
     """The axes of a weight by their names: `In` and window, `Out`; others, of layers and experts, are batch axes."""
     if belongs_to(node, "haliax", "Embedding"):
         return _Decision(None, "embedding")
-    # an array of `haliax` has axes, one of `marin-haliax` only their names where `optax.masked` took the numbers away
+    # `haliax` keeps the axes in an array, `marin-haliax` their names
     named = getattr(node.weight, "axis_names", None) or [axis.name for axis in node.weight.axes]
 
     def places(*specs):  # each one axis, or several, or a dict by name

@@ -76,7 +76,7 @@ class LowRankState(NamedTuple):
     leaves: Any  # dict of `Leaf` by path
 
 
-# steps as they are
+# no geometry: steps are taken as they are
 _FLAT = Geometry(
     init=lambda W, axis: (),
     tangent=None,

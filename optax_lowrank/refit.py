@@ -68,7 +68,7 @@ class Matrix:
 class Refit(NamedTuple):
     """Outcome of the refresh of one step."""
 
-    leaves: Any  # (b, ...), of each leaf its basis, the rule's state in it, and in the end `fitted`
+    leaves: Any  # (b, ...), of each leaf its basis and the rule's state in it; `refit` adds the leaf's `fitted`
     fitted: jax.Array  # (k,) bool
     energy: jax.Array  # (k,) float32, ‖G‖² where fitted
 

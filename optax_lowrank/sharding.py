@@ -107,7 +107,7 @@ def state_shardings(
         spec = PartitionSpec() if path is None else follow(keys, x, path)
         if spread and path is not None:
             spec = _spread(spec, x.shape, placed[path].spec, mesh)
-        # a side that the mesh divides may lie in as many bytes of codes that it does not
+        # two 4-bit codes share a byte, and a mesh that divides a side need not divide its bytes
         return fitting(NamedSharding(mesh, spec), x.shape)
 
     keyed = owned_leaves(shapes, params)
