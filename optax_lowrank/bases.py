@@ -249,6 +249,6 @@ def _nearest_orthonormal(D, rounds):
     for _ in range(rounds):
         # not `linalg.matmul`: in steps, the parts of all bases of a leaf would be there at once
         E = identity - exact(D.mT, D)
-        # (I − E)^(−1/2) − I, what is left out is of fourth order
-        D = D + small(D, E / 2 + small(small(E, E), 3 / 8 * identity + 5 / 16 * E))
+        # (I − E)^(−1/2) − I, what is left out is of third order
+        D = D + small(D, E / 2 + 3 / 8 * small(E, E))
     return D

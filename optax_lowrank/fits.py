@@ -155,7 +155,7 @@ class _SubspaceIteration:
             return (tries == 0) | (tries == 1) & ~jnp.all(_there(Z))
 
         Z = jnp.zeros((G.shape[1], P.shape[1]), G.dtype)
-        _, Z, _ = jax.lax.while_loop(again, project, (P, Z, 0))
+        _, Z, _ = jax.lax.while_loop(again, project, vary_alike(P, Z, jnp.int32(0)))
         return linalg.left_singular_vectors(G @ Z)
 
 

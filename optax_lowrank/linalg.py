@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_lowrank.walls import loop
+from optax_lowrank.walls import cond, loop, vary_alike
 
 exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # in one kernel
 
@@ -303,10 +303,10 @@ def _orthonormalize(Y: jax.Array, left: jax.Array) -> jax.Array:
             )
 
         state = state._replace(sweeps=state.sweeps + 1)
-        return lax.cond(factorized & ~jnp.any(lost), apply, choose)
+        return cond(factorized & ~jnp.any(lost), apply, choose)
 
     none, zero = jnp.zeros(r, bool), jnp.zeros((), jnp.int32)
-    start = _Sweep(Y, left, none, ~none, zero, zero, zero > 0)
+    (start,) = vary_alike(_Sweep(Y, left, none, ~none, zero, zero, zero > 0))
     end = lax.while_loop(lambda state: ~state.done & (state.sweeps < _MOST_SWEEPS), sweep, start)
     return jnp.where(end.done, end.Y, 0)
 
@@ -334,7 +334,7 @@ def _independent(C: jax.Array, threshold: jax.Array) -> jax.Array:
         j = jnp.argmax(pivot)
         return S - S[:, j, None] * (S[None, j] / pivot[j]), chosen.at[j].set(True)
 
-    start = C, jnp.zeros(C.shape[0], bool)
+    start = vary_alike(C, jnp.zeros(C.shape[0], bool))
     return lax.while_loop(lambda state: jnp.any(pivots(state) > threshold), eliminate, start)[1]
 
 

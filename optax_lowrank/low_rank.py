@@ -228,6 +228,7 @@ class _Core:
         if not views:
             return updates, state._replace(count=optax.safe_increment(state.count))
         _check_same_leaves(views, state)
+        count = optax.safe_increment(state.count)  # alike on all devices of a `shard_map`
         grads, state, params = vary_alike(grads, state, params, but=self.setup.axis_name)
         places = positions({path: view.batch for path, view in views.items()})
         matrices = self.matrices(views, grads, state, params, places)
@@ -255,7 +256,6 @@ class _Core:
         stats = next_statistics(
             state.stats, state.count, pending, new.fitted, finite, energy, total
         )
-        count = optax.safe_increment(state.count)
         return treedef.unflatten(out.values()), LowRankState(count, stats, leaves)
 
     def weighs_columns(self, x: Matrix, told):

@@ -1,12 +1,12 @@
 """Where the arrays of an optimizer state live on a mesh, given where the parameters live.
 
 Steps and refits multiply with a sharded gradient where it lies: what travels is r columns or rows wide, never a matrix.
-Exceptions are `svd()` and `dct()`, Muon's products, and stacks that are split along their layers.
+Exceptions are `svd()` and `dct()`, Muon's products, and stacks that are split along their layers, see below.
 
 Data parallelism can exchange less than gradients. With `axis_name`, inside `jax.shard_map`, each device gives its own
 gradient, and what is averaged are coordinates, r · n numbers instead of m · n, and at refits sketches:
 
-    >>> import jax, jax.numpy as jnp, optax, optax_lowrank as ol
+    >>> import functools, jax, jax.numpy as jnp, optax, optax_lowrank as ol
     >>> from jax.sharding import AxisType, PartitionSpec as P
     >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     >>> tx = ol.galore(1e-2, rank=2, axis_name="data")
@@ -22,6 +22,20 @@ gradient, and what is averaged are coordinates, r · n numbers instead of m · n
     >>> params, state = step(params, tx.init(params), x, y)  # equal on all devices
     >>> bool(jnp.any(params["kernel"] != 0))
     True
+
+The compiler would gather each layer of a stack that is split along its layers. In a `shard_map` along that axis every
+device fits its own (other mesh axes, if not named in `axis_names`, remain the compiler's):
+
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("stage",), axis_types=(AxisType.Auto,))
+    >>> tx = ol.fira(1e-2, rank=2, weight_dimension_numbers={"kernel": ol.MatrixAxes(-2, -1)})
+    >>> layers = {"kernel": jnp.ones((16, 6, 8))}
+    >>> state = jax.tree.map(lambda x: P("stage") if x.ndim else P(), jax.eval_shape(tx.init, layers))
+    >>> own = functools.partial(jax.shard_map, mesh=mesh, axis_names={"stage"})
+    >>> init = own(tx.init, in_specs=P("stage"), out_specs=state)
+    >>> update = own(tx.update, in_specs=(P("stage"), state, P("stage")), out_specs=(P("stage"), state))
+    >>> updates, _ = jax.jit(update)(layers, init(layers), layers)
+    >>> updates["kernel"].shape
+    (16, 6, 8)
 """
 
 import math

@@ -155,7 +155,10 @@ def automatic(update: Callable[..., Any]) -> Callable[..., Any]:
         step = lambda updates, state, params, arrays: update(
             updates, state, params, **arrays, **rest
         )
-        step = jax.sharding.auto_axes(step, out_sharding=jax.tree.map(place, (updates, state)))
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+        out = jax.tree.map(place, (updates, state))
+        step = jax.sharding.auto_axes(step, axes=axes, out_sharding=out)
         return step(updates, state, params, arrays)
 
     return placed

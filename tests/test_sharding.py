@@ -225,6 +225,53 @@ def test_bfloat16_gradients_that_differ_by_device(make):
     assert jax.eval_shape(everywhere, params, state, params) == (params, state)
 
 
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (functools.partial(ol.fira, fit=ol.subspace_iteration()), AxisType.Auto),
+        (ol.gradnormlorp, AxisType.Auto),
+        (ol.gradnormlorp, AxisType.Explicit),
+    ],
+    ids=["fira", "gradnormlorp", "explicit"],
+)
+def test_stack_that_is_split_along_its_layers(make, kind):
+    """In a `shard_map` each device fits its own layers, whose sides another mesh axis may divide."""
+    random = np.random.default_rng(0)
+    mesh = jax.make_mesh((4, 2), ("stage", "model"), axis_types=(kind, kind))
+    shapes = {"up": (8, 32, 48), "down": (8, 48, 32)}
+    trees = [
+        {
+            name: jnp.asarray(random.standard_normal(shape), jnp.float32)
+            for name, shape in shapes.items()
+        }
+        for _ in range(4)
+    ]
+    of_stage = lambda tree, stage: jax.tree.map(lambda x: x[2 * stage : 2 * stage + 2], tree)
+    place = lambda tree: jax.device_put(tree, NamedSharding(mesh, P("stage", None, "model")))
+    axes = {name: ol.MatrixAxes(-2, -1) for name in shapes}
+    tx = make(0.1, rank=4, update_proj_gap=2, weight_dimension_numbers=axes)
+    specs = jax.tree.map(lambda x: P("stage") if x.ndim else P(), jax.eval_shape(tx.init, trees[0]))
+    stages = functools.partial(jax.shard_map, mesh=mesh, axis_names={"stage"})
+    init = stages(tx.init, in_specs=P("stage"), out_specs=specs)
+    update = stages(
+        tx.update, in_specs=(P("stage"), specs, P("stage")), out_specs=(P("stage"), specs)
+    )
+    params, state = place(trees[0]), jax.jit(init)(place(trees[0]))
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    update = jax.jit(update, out_shardings=(None, placed)).lower(params, state, params).compile()
+    # what leaves a `shard_map` with an explicit axis beside it JAX gathers
+    if kind == AxisType.Auto:
+        assert max(exchanged(update)) < 32 * 48 / 2
+    alone, on_one = [tx.init(of_stage(trees[0], stage)) for stage in range(4)], jax.jit(tx.update)
+    for grads in trees[1:]:
+        updates, state = update(place(grads), state, params)
+        got = jax.device_get(updates)
+        for stage in range(4):
+            own = of_stage(grads, stage), alone[stage], of_stage(trees[0], stage)
+            want, alone[stage] = on_one(*own)
+            assert_trees_close(of_stage(got, stage), want, rtol=TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_nnx_optimizer_with_sharding_metadata(kind):
     """Neither a rank that no mesh axis divides nor the kernel's metadata gets in the way."""
