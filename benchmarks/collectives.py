@@ -75,11 +75,11 @@ def collectives(options: Options) -> Table:
 NOTE = (
     f"{LAYERS} layers of kernels {HIDDEN}×{FFN} (up) and {FFN}×{HIDDEN} (down) in float32, rank {RANK}; up lies along "
     "(data, model), down along (model, data), the state where `state_shardings` says. Mesh n×1 is FSDP, 1×n tensor "
-    "parallelism; *split* is a stack that data divides by its layers. Largest: operand or result of any collective, "
-    "and its numbers by those of one layer's kernel; a vector is what XLA for GPUs merges of several arrays. Of "
-    "branches the one that exchanges most counts; a loop of unknown length counts as one turn. `optax.contrib.galore` "
-    "refits all four matrices at once. For GPUs and TPUs, which take minutes to compile for, "
-    f"only {'; '.join(FEW)}; for TPUs not every layout."
+    "parallelism; *split* is a stack that data divides by its layers, *own* the same in a `shard_map` along them. "
+    "Largest: operand or result of any collective, and its numbers by those of one layer's kernel; a vector is what "
+    "XLA for GPUs merges of several arrays. Of branches the one that exchanges most counts; a loop of unknown length "
+    "counts as one turn. `optax.contrib.galore` refits all four matrices at once. For GPUs and TPUs, which take "
+    f"minutes to compile for, only {'; '.join(FEW)}; for TPUs not every layout."
 )
 
 
@@ -96,7 +96,8 @@ def layouts(target: str) -> list[tuple[str, tuple[int, int]]]:
     if target not in ("cpu", *targets.CARDS):
         return [("apart", shapes[1]), *stacked]
     apart = [("apart", shape) for shape in shapes]
-    return [*apart, *stacked, ("split", (LAYERS, count // LAYERS))]
+    by_layers = LAYERS, count // LAYERS
+    return [*apart, *stacked, ("split", by_layers), ("own", by_layers)]
 
 
 def kernels(layers: str) -> dict[str, tuple[tuple[int, ...], P]]:
@@ -110,7 +111,7 @@ def kernels(layers: str) -> dict[str, tuple[tuple[int, ...], P]]:
             for name, (shape, axes) in named.items()
         }
     place = lambda axes: P(None, *axes)
-    if layers == "split":
+    if layers in ("split", "own"):
         place = lambda axes: P("data", *[None if axis == "data" else axis for axis in axes])
     return {
         f"layers/{name}": ((LAYERS, *shape), place(axes)) for name, (shape, axes) in named.items()
@@ -128,8 +129,16 @@ def compiled(tx: optax.GradientTransformation, layers: str, mesh: Mesh) -> str:
     }
     state = jax.eval_shape(tx.init, params)
     places = ol.state_shardings(tx, params, along)
+    step = step_of(tx)
+    if layers == "own":
+        split = lambda x: P("data") if x.ndim else P()
+        specs = jax.tree.map(split, (params, state, params))
+        axes = {"mesh": mesh, "axis_names": {"data"}}
+        step = jax.shard_map(step, in_specs=specs, out_specs=specs[:2], **axes)
+        beside = lambda x, place: NamedSharding(mesh, P(*split(x), *place.spec[1:]))
+        places = jax.tree.map(beside, state, places)
     state = jax.tree.map(on, state, places)
-    step = jax.jit(step_of(tx), donate_argnums=(0, 1), out_shardings=(along, places))
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(along, places))
     return step.lower(params, state, params).compile().as_text()
 
 
@@ -241,10 +250,10 @@ def measure(target: str, optimizer: str, quick: bool) -> list[tuple[str, ...]]:
     rows = []
     for layers, shape in layouts(target)[-1 if quick else 0 :]:
         candidates = targets.optimizers(RANK, stack=layers != "apart")
-        if optimizer not in candidates:
+        ours = not optimizer.startswith("optax.")
+        if optimizer not in candidates or (layers == "own" and not ours):
             continue
         mesh = Mesh(np.array(devices).reshape(shape), ("data", "model"))
-        ours = not optimizer.startswith("optax.")
         step, refit = traffic(compiled(candidates[optimizer], layers, mesh), ours)
         labels = (target, "×".join(map(str, shape)), layers, optimizer)
         rows.append((*labels, *step.cells(), *refit.cells()))
