@@ -5,7 +5,7 @@ import math
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
 
 import optax_lowrank as ol
 from benchmarks.memory import mib
@@ -39,7 +39,7 @@ def exchange(options: Options) -> Table:
 
 def averaged(tx: optax.GradientTransformation, params) -> tuple[int, int]:
     """Bytes that are averaged in an update without refits, and in a refit of every matrix."""
-    mesh = AbstractMesh((8,), ("data",))
+    mesh = AbstractMesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
     def update(grads, state, params):
         return tx.update(jax.lax.pcast(grads, "data", to="varying"), state, params)

@@ -229,9 +229,10 @@ class _Core:
             return updates, state._replace(count=optax.safe_increment(state.count))
         _check_same_leaves(views, state)
         count = optax.safe_increment(state.count)  # alike on all devices of a `shard_map`
-        grads, state, params = vary_alike(grads, state, params, but=self.setup.axis_name)
+        alike = functools.partial(vary_alike, but=self.setup.axis_name)
+        grads, state, params = alike(grads, state, params)
         places = positions({path: view.batch for path, view in views.items()})
-        matrices = self.matrices(views, grads, state, params, places)
+        (matrices,) = alike(self.matrices(views, grads, state, params, places))
         told, first = {**extra, "count": state.count}, next(iter(matrices.values()))
         if self.setup.axis_name is not None and self.weighs_columns(first, told):
             updates = mean_over(self.setup.axis_name, updates)

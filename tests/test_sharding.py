@@ -211,7 +211,8 @@ def test_gradients_that_differ_by_device(make, whole):
 @pytest.mark.parametrize("make", [ol.galore, ol.fira, ol.gradnormlorp, ol.low_rank_muon])
 def test_bfloat16_gradients_that_differ_by_device(make):
     """Traced: what is averaged is the same on all devices, and so are updates and state."""
-    mesh = AbstractMesh((8,), ("data",))  # of no platform: all branches must agree
+    # of no platform: all branches must agree
+    mesh = AbstractMesh((8,), ("data",), axis_types=(AxisType.Auto,))
     shapes = {"stack": (2, 32, 48), "down": (48, 32)}
     params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
     tx = make(0.1, rank=4, state_bits=8, axis_name="data")

@@ -2,7 +2,7 @@
 
 A mesh has two axes.  `data` splits the batch, and the parameters as well (FSDP); `model` splits the parameters alone
 (tensor parallelism).  The compiler derives every transfer from where the arrays lie, so that no model code mentions
-devices but for one line, `llama.over_data`, which keeps activations with their rows of the batch.
+devices but for `llama.over_data` and `llama.whole_rows`, which keep activations with their rows of the batch.
 
 Several processes run the same program: each draws the same batches, hands its own rows to its devices, and writes
 its part of a checkpoint.  The first one alone prints and writes the other files.

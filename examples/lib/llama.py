@@ -166,6 +166,16 @@ def over_data(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
 
 
+def whole_rows(table: Array) -> Array:
+    """table (vocab, hidden), its columns not split where a mesh is set.
+
+    They are split over `data`, and what tokens look up would be, too, before it is put with its rows of the batch.
+    """
+    if "data" not in jax.sharding.get_abstract_mesh().axis_names:
+        return table
+    return jax.lax.with_sharding_constraint(table, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
+
+
 class SwiGLU(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.gate_proj = linear(config.hidden, config.ffn, config, rngs)
@@ -227,7 +237,7 @@ class Llama(nnx.Module):
 
     def hidden(self, tokens: Array) -> Array:
         """What the layers make of the tokens, (batch, time, hidden)."""
-        x = over_data(self.embed(tokens))
+        x = over_data(jnp.take(whole_rows(self.embed.embedding[...]), tokens, axis=0))
         for layer in self.layers:
             x = layer(x)
         return x
