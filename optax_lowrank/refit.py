@@ -227,7 +227,7 @@ def _fit_one(setup, x, gradient, loaded, count, seeds):
     view, dtype, recalled = x.view, wide(x.gradient), loaded.recalled
     P, K = read_bases(setup, x, loaded.basis, seeds, loaded.last_fit)
     key = _key(seeds, count)
-    largest, energy = gradient(lambda G: (jnp.max(jnp.abs(G)), jnp.sum(jnp.square(G))))
+    largest = gradient(lambda G: jnp.max(jnp.abs(G)))
     if recalled is not None:
         recalled = recalled if K is None else matmul(recalled, K.T)
         largest = jnp.maximum(largest, jnp.max(jnp.abs(recalled)))
@@ -238,6 +238,7 @@ def _fit_one(setup, x, gradient, loaded, count, seeds):
         least = float(jnp.finfo(dtype).tiny) ** 0.8
         scale = jnp.clip(largest, least, 1 / least)
         unit = _divided(gradient, scale, (view.m, view.n), dtype)
+        energy = (unit.energy() * scale**2).astype(jnp.float32)
         if recalled is not None:
             unit = unit.plus(P, recalled / scale)
         new, good = setup.basis.refit(key, unit, P)
@@ -245,7 +246,7 @@ def _fit_one(setup, x, gradient, loaded, count, seeds):
             R_T = unit.T @ setup.basis.read(new, key, view.m, x.rank, dtype)
             other, good_K = setup.basis.refit(jax.random.fold_in(key, 1), R_T, K)
             new, good = TwoSided(new, other), good & good_K
-        return (new, turned(new)), good, jnp.where(good, energy, 0).astype(jnp.float32)
+        return (new, turned(new)), good, jnp.where(good, energy, 0)
 
     def turned(new):
         if not setup.turn:
