@@ -228,22 +228,22 @@ class _Core:
         if not views:
             return updates, state._replace(count=optax.safe_increment(state.count))
         _check_same_leaves(views, state)
-        count = optax.safe_increment(state.count)  # alike on all devices of a `shard_map`
-        alike = functools.partial(vary_alike, but=self.setup.axis_name)
-        grads, state, params = alike(grads, state, params)
         places = positions({path: view.batch for path, view in views.items()})
-        (matrices,) = alike(self.matrices(views, grads, state, params, places))
-        told, first = {**extra, "count": state.count}, next(iter(matrices.values()))
+        matrices = self.matrices(views, grads, state, params, places)
+        matrices, stats, count = vary_alike(
+            matrices, state.stats, state.count, but=self.setup.axis_name
+        )
+        told, first = {**extra, "count": count}, next(iter(matrices.values()))
         if self.setup.axis_name is not None and self.weighs_columns(first, told):
             updates = mean_over(self.setup.axis_name, updates)
             alone = dataclasses.replace(self, setup=self.setup._replace(axis_name=None))
             return alone.step(updates, state, params, **extra)
         # `optax.contrib.sam` interpolates states, which makes ints of bools
-        pending = state.stats.pending.astype(bool) | self.refresh(state.count, state.stats)
-        new = refit(self.setup, state.count, matrices, pending, places)
+        pending = stats.pending.astype(bool) | self.refresh(count, stats)
+        new = refit(self.setup, count, matrices, pending, places)
 
         update_leaf = functools.partial(self.update_leaf, told)
-        if isinstance(state.count, jax.core.Tracer):
+        if isinstance(count, jax.core.Tracer):
             update_leaf = jax.jit(update_leaf)  # traced once for leaves that are alike
         out, leaves, numbers, before = {}, {}, {}, None
         for path, matrix in matrices.items():
@@ -254,9 +254,9 @@ class _Core:
         energy, total, finite = map(jnp.concatenate, zip(*in_order, strict=True))
         if not getattr(self.refresh, "watches_captured", False):
             total = new.energy
-        stats = next_statistics(
-            state.stats, state.count, pending, new.fitted, finite, energy, total
-        )
+        stats = next_statistics(stats, count, pending, new.fitted, finite, energy, total)
+        # the count before it was made to vary is the same on all devices
+        count = optax.safe_increment(state.count)
         return treedef.unflatten(out.values()), LowRankState(count, stats, leaves)
 
     def weighs_columns(self, x: Matrix, told):

@@ -24,15 +24,16 @@ gradient, and what is averaged are coordinates, r · n numbers instead of m · n
     True
 
 The compiler would gather each layer of a stack that is split along its layers. In a `shard_map` along that axis every
-device fits its own (other mesh axes, if not named in `axis_names`, remain the compiler's):
+device fits its own; other automatic axes of the mesh remain the compiler's. The state is for that many devices, inside
+such a `shard_map` alone:
 
     >>> mesh = jax.make_mesh((jax.device_count(),), ("stage",), axis_types=(AxisType.Auto,))
     >>> tx = ol.fira(1e-2, rank=2, weight_dimension_numbers={"kernel": ol.MatrixAxes(-2, -1)})
     >>> layers = {"kernel": jnp.ones((16, 6, 8))}
-    >>> state = jax.tree.map(lambda x: P("stage") if x.ndim else P(), jax.eval_shape(tx.init, layers))
+    >>> specs = jax.tree.map(lambda x: P("stage") if x.ndim else P(), jax.eval_shape(tx.init, layers))
     >>> own = functools.partial(jax.shard_map, mesh=mesh, axis_names={"stage"})
-    >>> init = own(tx.init, in_specs=P("stage"), out_specs=state)
-    >>> update = own(tx.update, in_specs=(P("stage"), state, P("stage")), out_specs=(P("stage"), state))
+    >>> init = own(tx.init, in_specs=P("stage"), out_specs=specs)
+    >>> update = own(tx.update, in_specs=(P("stage"), specs, P("stage")), out_specs=(P("stage"), specs))
     >>> updates, _ = jax.jit(update)(layers, init(layers), layers)
     >>> updates["kernel"].shape
     (16, 6, 8)
