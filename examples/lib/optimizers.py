@@ -13,7 +13,7 @@ import optax.contrib
 
 import optax_lowrank
 
-BASELINES = ("adafactor", "adamw", "contrib-galore", "muon")
+BASELINES = ("adafactor", "adamw", "contrib-galore", "muon", "scale")
 # Peak learning rates, from grids of `nano` on the shipped book (`compare.py` makes them).
 LEARNING_RATES = {"adafactor": 0.1, "adamw": 3e-3, "fira": 1e-2, "muon": 2e-2}
 LOW_RANK_LEARNING_RATE = 2e-2  # GaLore's best; every other one starts from it
@@ -98,6 +98,21 @@ def baseline(
             bits = options.pop("state_bits", args.state_bits)
             tx = optax.contrib.muon(lr, weight_decay=args.weight_decay, **options)
             return matrices(in_codes(tx, bits) if bits else tx, dense)
+        case "scale":
+            # arXiv:2506.16659 of the matrices; its momentum of the head is Adam's here, as for all others
+            decayed = optax.add_decayed_weights(**decay), optax.scale_by_learning_rate(lr)
+            return matrices(optax.chain(unit_columns(), *decayed), dense)
+
+
+def unit_columns() -> optax.GradientTransformation:
+    """Each output's column of the gradient by its norm, without any state."""
+
+    def unit(g: jax.Array, _: Any) -> jax.Array:
+        wide = g.astype(jnp.float32)
+        norm = optax.safe_norm(wide, 1e-30, axis=-2, keepdims=True)
+        return (wide / norm).astype(g.dtype)
+
+    return optax.stateless_with_tree_map(unit)
 
 
 def own_options(args: argparse.Namespace) -> dict[str, Any]:
