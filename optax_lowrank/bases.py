@@ -17,6 +17,7 @@ class Basis(Protocol):
     """What `low_rank` asks of the bases of one run; a hashable value. One matrix at a time, P (m, r)."""
 
     implicit: bool  # made from less than itself, so that `read` needs a refit to speak of
+    in_range: bool  # made of a gradient's columns, see `fits`
 
     def init(self, m: int, r: int, dtype: Any) -> Any:
         """What is stored before the first fit: a tree of arrays whose last axis is r, or nothing."""
@@ -52,6 +53,11 @@ class Fitted:
     store: BasisStore
     implicit = False
 
+    @property
+    def in_range(self):
+        """The fit's."""
+        return getattr(self.fit, "in_range", False)
+
     def init(self, m, r, dtype):
         """Zeros."""
         return self.store.encode(jnp.zeros((m, r), dtype))
@@ -69,7 +75,7 @@ class Fitted:
 
 @dataclasses.dataclass(frozen=True)
 class _Seeded:
-    implicit = True
+    implicit, in_range = True, False
 
     def init(self, m, r, dtype):
         del m, r, dtype
@@ -120,7 +126,7 @@ def seeded() -> Basis:
 
 @dataclasses.dataclass(frozen=True)
 class _DCT:
-    implicit = True
+    implicit, in_range = True, False
 
     def init(self, m, r, dtype):
         del m, dtype

@@ -4,6 +4,8 @@ A fit is a pure function of a key, a gradient `G` (m, n) and the old basis `P` (
 it returns the new basis (m, r) with orthonormal columns, or zero columns where `G` has no direction left.
 `low_rank` calls it only with finite, nonzero gradients, scaled to a largest entry of 1. A fit that sets `by_products`
 takes a `linalg.LinearOperator` as well: of a gradient that is spread over devices its products travel, not its entries.
+One that sets `in_range` makes P = G X for some X, so that columns of zeros in G change nothing but round-off, and rows
+of zeros stay zero: matrices of several n then share a program.
 
 The fits below are values: equal arguments give equal objects with equal hashes, so that a jitted function which takes
 one as a static argument is compiled once, not once for every optimizer that is made.
@@ -91,14 +93,16 @@ def randomized_svd(oversample: int = 8, power_iterations: int = 1) -> Fit:
 class _RandomizedSvd:
     oversample: int
     power_iterations: int
-    by_products = True
+    by_products = in_range = True
 
     def __call__(self, key, G, P):
         G, rank = linalg.as_operator(G), P.shape[1]
         m, n = G.shape
-        sketch = min(rank + self.oversample, m, n)
-        if sketch == n:
-            return linalg.left_singular_vectors(G.dense())[:, :rank]
+        sketch = min(rank + self.oversample, m)
+        if sketch >= n:
+            # of the width of other sketches, whose programs for GPUs it then shares
+            Y = jnp.pad(G.dense(), ((0, 0), (0, sketch - n)))
+            return linalg.left_singular_vectors(Y)[:, :rank]
 
         def iterate(i, state):
             _, Q = state
@@ -138,7 +142,7 @@ def subspace_iteration() -> Fit:
 
 @dataclasses.dataclass(frozen=True)
 class _SubspaceIteration:
-    by_products = True
+    by_products = in_range = True
 
     def __call__(self, key, G, P):
         G = linalg.as_operator(G)

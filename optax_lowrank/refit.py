@@ -1,8 +1,9 @@
-"""How bases are refit and states turned with them: one compiled program a folded shape, one matrix after the other.
+"""How bases are refit and states turned with them: one compiled program a size of basis, one matrix after the other.
 
-Compile time does not grow with the number of layers, and never more than one matrix is copied out of its leaf. The
-question "refit now?" is only ever looked at as a scalar inside a loop: a batched predicate would turn `lax.cond` into
-a select that factorizes every matrix on every step.
+Compile time does not grow with the number of layers, and never more than one matrix is copied out of its leaf. Narrow
+matrices share the program of wider ones where that can be, see `_alike`: of them what is thin is filled up with zeros,
+n × (r + 8) at most. The question "refit now?" is only ever looked at as a scalar inside a loop: a batched predicate
+would turn `lax.cond` into a select that factorizes every matrix on every step.
 """
 
 import collections
@@ -110,7 +111,7 @@ def refit(
 ) -> Refit:
     """Refits the matrices in `pending` whose gradient is finite and nonzero; the others keep their basis.
 
-    What was fitted comes with each leaf as well, (b,): it then waits for the refits of its own shape only.
+    What was fitted comes with each leaf as well, (b,): it then waits for the refits of its own program only.
 
     Args:
       setup: of the run.
@@ -121,15 +122,14 @@ def refit(
     """
     groups = collections.defaultdict(list)
     for path in places:
-        x = matrices[path]
-        groups[x.view.m, x.view.n, x.rank, x.gradient.dtype].append(path)
+        groups[_alike(setup, matrices[path])].append(path)
     leaves, order, fitted, energy = {}, [], [], []
     for paths in groups.values():
         # to derivatives a basis is a constant, and so are moments that turn with it: the loop below has none
         group = [lax.stop_gradient(matrices[path]) for path in paths]
         # one gather, where a slice for each leaf would be so many programs
         order.append(np.r_[tuple(places[path] for path in paths)])
-        done = _refit_equal_shapes(setup, count, group, pending[order[-1]])
+        done = _refit_alike(setup, count, group, pending[order[-1]])
         within = positions({path: matrices[path].view.batch for path in paths})
         for path, (basis, rule) in zip(paths, done.leaves, strict=True):
             rule = rule if setup.turn else matrices[path].leaf.rule
@@ -141,9 +141,22 @@ def refit(
     return Refit(leaves, in_place(fitted), in_place(energy))
 
 
+def _alike(setup, x: Matrix):
+    """Leaves with the same of this are refit by one program.
+
+    Columns of zeros beside a gradient change no basis that is made of its columns, so that n may differ: but for states
+    of rules, which know no such columns, and for devices, which would exchange them. Up to 4 m, as zeros cost time.
+    """
+    view, stored = x.view, jax.tree.leaves(x.leaf.basis)
+    fixed = setup.turn or setup.recall or setup.axis_name or not setup.basis.in_range
+    n = view.n if fixed or view.n > 4 * view.m else None
+    return view.m, n, x.rank, x.gradient.dtype, tuple(y.dtype for y in stored)
+
+
 @functools.partial(jax.jit, static_argnums=0)  # so that a step outside jit compiles it once
-def _refit_equal_shapes(setup, count, matrices, pending) -> Refit:
+def _refit_alike(setup, count, matrices, pending) -> Refit:
     batches = [x.view.batch for x in matrices]
+    widest = max(matrices, key=lambda x: x.view.n)
     leaf_of = jnp.array([leaf for leaf, b in enumerate(batches) for _ in range(b)], jnp.int32)
     layer_of = jnp.array([layer for b in batches for layer in range(b)], jnp.int32)
     seeds = jnp.concatenate([x.seeds for x in matrices])
@@ -151,8 +164,8 @@ def _refit_equal_shapes(setup, count, matrices, pending) -> Refit:
     def one(i, done):
         leaf, layer = leaf_of[i], layer_of[i]
         gradient = _gradient(setup, matrices, leaf, layer)
-        loaded = _load(setup, matrices, done.leaves, leaf, layer)
-        new, good, energy = _fit_one(setup, matrices[0], gradient, loaded, count, seeds[i])
+        loaded = _load(setup, matrices, done.leaves, leaf, layer, widest)
+        new, good, energy = _fit_one(setup, widest, gradient, loaded, count, seeds[i])
         written = put_in(done.leaves, jnp.where(good, leaf, -1), layer, new)
         return Refit(written, *put(done[1:], i, (good, energy)))
 
@@ -171,15 +184,23 @@ class _Loaded(NamedTuple):
     last_fit: jax.Array
 
 
+def _over(start, x):
+    """X written over the beginning of a larger array."""
+    return lax.dynamic_update_slice(start, x, (0,) * x.ndim)
+
+
 def _pick(leaf, branches, *operands):
     """The result of one branch, that of the leaf."""
     return lax.switch(leaf, branches, *operands) if len(branches) > 1 else branches[0](*operands)
 
 
-def _load(setup, matrices, leaves, leaf, layer) -> _Loaded:
+def _load(setup, matrices, leaves, leaf, layer, widest) -> _Loaded:
     def load(x, written):
         recalled = None
         basis, rule = entry(written, layer)
+        if setup.two_sided and x.view.n < widest.view.n:
+            start = setup.basis.init(widest.view.n, x.rank, wide(x.gradient))
+            basis = basis._replace(K=jax.tree.map(_over, start, basis.K))
         if setup.recall:
             state = rule if setup.turn else entry(x.leaf.rule, layer)
             recalled = setup.recall(state).astype(wide(x.gradient))
@@ -210,15 +231,17 @@ def _gradient(setup, matrices, leaf, layer):
 
 
 def _divided(apply, scale, shape, dtype) -> LinearOperator:
+    """The gradient by `scale`, with columns of zeros up to `shape`."""
     # in products the thin factor is divided: no copy of G, and XLA for TPUs makes half the program where it sees that a
     # float32 G was bfloat16; not `linalg.matmul`, whose parts of G would be as large as G
+    filled = lambda x: jnp.pad(x, ((0, shape[1] - len(x)), (0, 0)))
     return LinearOperator(
         shape,
         dtype,
-        lambda X: apply(exact, X / scale),
-        lambda Y: apply(lambda G, Y: exact(G.T, Y), Y / scale),
+        lambda X: apply(lambda G, X: exact(G, X[: G.shape[1]]), X / scale),
+        lambda Y: apply(lambda G, Y: filled(exact(G.T, Y)), Y / scale),
         lambda: apply(lambda G: jnp.sum(jnp.square(G / scale))),
-        lambda: apply(lambda G: G / scale),
+        lambda: apply(lambda G: filled(G.T / scale).T),
     )
 
 

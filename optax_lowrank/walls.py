@@ -114,11 +114,15 @@ def put(stack: Any, i: Any, one: Any) -> Any:
 
 
 def put_in(stacks: tuple[Any, ...], which: jax.Array, i: Any, one: Any) -> tuple[Any, ...]:
-    """The stacks with entry i of number `which` replaced, in place; as they are where `which` is negative."""
+    """The stacks with entry i of number `which` replaced, in place; as they are where `which` is negative.
+
+    A stack of smaller entries gets the beginning of it.
+    """
 
     def turn(carry):
         stack, left = carry
-        return put(stack, i, one), left - 1
+        first = jax.tree.map(lambda x, y: y[tuple(map(slice, x.shape[1:]))], stack, one)
+        return put(stack, i, first), left - 1
 
     written, left = [], which
     for stack in stacks:

@@ -71,6 +71,16 @@ def gradients(problem, steps, dtype=jnp.float32):
     return [normal_tree(problem, seed=100 + step, dtype=dtype) for step in range(steps)]
 
 
+def factorizations(jaxpr, inside=False):
+    """(operand's shape, is it inside of a conditional) of every matrix factorization."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("svd", "eigh", "cholesky", "qr", "householder_product"):
+            yield eqn.invars[0].aval.shape, inside
+        for inner in jax.tree.leaves(eqn.params):
+            if hasattr(inner, "eqns"):
+                yield from factorizations(inner, inside or eqn.primitive.name == "cond")
+
+
 def run(tx, params, grads, state=None):
     """Applies the gradients one by one under `jit`: the last parameters and state, all updates."""
     step = compiled_step(tx)

@@ -11,7 +11,7 @@ import pytest
 
 import optax_lowrank as ol
 
-from .helpers import run
+from .helpers import factorizations, run
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -232,16 +232,6 @@ def test_steps_stay_below_one_in_a_subspace_that_is_new():
         N = state.leaves["kernel"].basis[0].T @ updates["kernel"]
         largest = max(largest, float(jnp.abs(N).max()))
     assert 0.9 < largest < 1.05
-
-
-def factorizations(jaxpr, inside=False):
-    """(operand's shape, is it inside of a conditional) of every matrix factorization."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("svd", "eigh", "cholesky", "qr", "householder_product"):
-            yield eqn.invars[0].aval.shape, inside
-        for inner in jax.tree.leaves(eqn.params):
-            if hasattr(inner, "eqns"):
-                yield from factorizations(inner, inside or eqn.primitive.name == "cond")
 
 
 @pytest.mark.parametrize("fit", [ol.svd(), ol.randomized_svd()], ids=["svd", "randomized_svd"])

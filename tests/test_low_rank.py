@@ -14,7 +14,13 @@ import pytest
 import optax_lowrank as ol
 from optax_lowrank.rules import as_rule
 
-from .helpers import assert_trees_close, assert_trees_equal, low_rank_state
+from .helpers import (
+    assert_trees_close,
+    assert_trees_equal,
+    factorizations,
+    low_rank_state,
+    run,
+)
 from .reference import left_singular_vectors
 
 # float32 against float64 or against a program that rounds differently; a basis refit amplifies it
@@ -650,6 +656,54 @@ def test_ordinary_steps_factorize_nothing(fit, refresh):
     shapes = {**PLAIN, "stack": (3, 24, 40)}
     assert not re.search(FACTORIZATION, compiled_text(tx, shapes, conditionals=False))
     assert re.search(FACTORIZATION, compiled_text(tx, shapes, conditionals=True))
+
+
+def test_refits_of_several_widths_are_one_program():
+    def count(*shapes, **arguments):
+        tx = ol.low_rank(optax.scale_by_adam(), rank=3, **arguments)
+        params = {f"{m}x{n}": jnp.ones((m, n)) for m, n in shapes}
+        return len(list(factorizations(jax.make_jaxpr(tx.update)(params, tx.init(params)))))
+
+    for side in ("short", "both"):
+        wide = count((24, 40), side=side)
+        assert count((24, 40), (24, 24), (64, 24), (24, 28), side=side) == wide > 0
+        # filled up to more than four times its size, a narrow one would pay for a wide one
+        assert count((24, 40), (24, 100), side=side) == 2 * wide
+    # the fit needs the gradient as it is
+    assert count((24, 40), (24, 24), fit=ol.svd()) == 2 * count((24, 40), fit=ol.svd())
+
+
+@pytest.mark.parametrize(
+    ("fit", "store"),
+    [
+        (ol.randomized_svd(), ol.InDtype()),
+        (ol.subspace_iteration(), ol.InCodes(8)),
+        (ol.subspace_iteration(), ol.InCodes(4)),
+    ],
+    ids=["floats", "8 bits", "4 bits"],
+)
+def test_a_refit_beside_wider_matrices_is_that_of_the_matrix_alone(fit, store):
+    shapes = {"narrow": (16, 20), "odd": (16, 27), "wide": (2, 16, 60), "flipped": (44, 16)}
+    tx = ol.low_rank(
+        optax.identity(), rank=3, fit=fit, refresh=ol.every(2), side="both", basis_store=store
+    )
+    random = np.random.default_rng(0)
+
+    def strong(*batch, m, n):  # in three directions, which round-off cannot exchange for others
+        U, V = random.standard_normal((*batch, m, 3)), random.standard_normal((*batch, 3, n))
+        return jnp.asarray(U @ V, jnp.float32)
+
+    trees = [
+        {name: strong(*batch, m=m, n=n) for name, (*batch, m, n) in shapes.items()}
+        for _ in range(4)
+    ]
+    _, _, together = run(tx, trees[0], trees)
+    for name in ("narrow", "odd"):
+        only = [{name: tree[name]} for tree in trees]
+        _, _, alone = run(tx, only[0], only)
+        for got, want in zip(together, alone, strict=True):
+            error = jnp.linalg.norm(got[name] - want[name]) / jnp.linalg.norm(want[name])
+            assert error < 1e-3
 
 
 def test_ordinary_steps_pay_for_two_products():

@@ -12,7 +12,8 @@ shapes = [(16 + 4 * i, 24 + 4 * j) for i in range(5) for j in range(3)]
 params = {f"{m}x{n}": {"kernel": (4, m, n)} for m, n in shapes}
 params = jax.tree.map(lambda s: jnp.asarray(random.standard_normal(s), jnp.float32), params,
                       is_leaf=lambda x: isinstance(x, tuple))
-tx = ol.galore(0.1, rank=8, update_proj_gap=2)
+# moments that turn, or widths would share a program
+tx = ol.galore(0.1, rank=8, update_proj_gap=2, rotate_moments=True)
 update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
 for _ in range(5):
     updates, state = update(params, state, params)
