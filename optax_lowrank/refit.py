@@ -144,8 +144,8 @@ def refit(
 def _alike(setup, x: Matrix):
     """Leaves with the same of this are refit by one program.
 
-    Columns of zeros beside a gradient change no basis that is made of its columns, so that n may differ: but for states
-    of rules, which know no such columns, and for devices, which would exchange them. Up to 4 m, as zeros cost time.
+    Columns of zeros beside a gradient change no basis that is made of its columns, so that n may differ, up to 4 m, as
+    zeros cost time. It may not where states of rules turn, which know no zeros, or devices would exchange them.
     """
     view, stored = x.view, jax.tree.leaves(x.leaf.basis)
     fixed = setup.turn or setup.recall or setup.axis_name or not setup.basis.in_range
@@ -185,7 +185,7 @@ class _Loaded(NamedTuple):
 
 
 def _over(start, x):
-    """X written over the beginning of a larger array."""
+    """A larger array whose beginning is replaced by `x`."""
     return lax.dynamic_update_slice(start, x, (0,) * x.ndim)
 
 
