@@ -191,6 +191,12 @@ def _over(start, x):
 
 def _pick(leaf, branches, *operands):
     """The result of one branch, that of the leaf."""
+    # every branch is passed what any of them reads, which of hundreds is long to compile
+    some = 16
+    if len(branches) > some:
+        parts = [branches[i : i + some] for i in range(0, len(branches), some)]
+        branches = [functools.partial(_pick, leaf % some, part) for part in parts]
+        leaf = leaf // some
     return lax.switch(leaf, branches, *operands) if len(branches) > 1 else branches[0](*operands)
 
 

@@ -15,7 +15,7 @@ import optax_lowrank
 
 BASELINES = ("adafactor", "adamw", "contrib-galore", "muon", "scale")
 # Peak learning rates, from grids of `nano` on the shipped book (`compare.py` makes them).
-LEARNING_RATES = {"adafactor": 0.05, "adamw": 3e-3, "fira": 1e-2, "muon": 2e-2}
+LEARNING_RATES = {"adafactor": 0.05, "adamw": 3e-3, "fira": 1e-2, "muon": 2e-2, "scale": 1e-2}
 LOW_RANK_LEARNING_RATE = 2e-2  # GaLore's best; every other one starts from it
 DENSE_LEARNING_RATE = 3e-3
 FITS = ("randomized_svd", "svd", "subspace_iteration", "gaussian", "seeded", "dct")
