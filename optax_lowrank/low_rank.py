@@ -317,7 +317,7 @@ class _Core:
           told: what rules are told besides.
           x: the leaf before the refresh.
           stored, rule, fitted: of this refresh, the rule's state in the coordinates of the new bases.
-          before: an array of the leaf before, for which this one waits, or None.
+          before: update and state of the leaf before, for which this one waits, or None.
         """
         fold = lambda leaf: None if leaf is None else x.view.fold(leaf)
 
@@ -331,7 +331,8 @@ class _Core:
         projected, W, rule = after(before, project, x.gradient, x.weight, rule, *others)
         finish, G = jax.vmap(functools.partial(self.finish, x, told)), fold(x.gradient)
         U, rule, geometry, awaited, *numbers = finish(G, W, projected, rule, x.leaf.geometry)
-        return x.view.unfold(U), Leaf(stored, rule, geometry), numbers, x.view.unfold(awaited)
+        before = x.view.unfold(awaited), rule
+        return x.view.unfold(U), Leaf(stored, rule, geometry), numbers, before
 
     # ---------------------------------------------------------------------------------------------------- one matrix
 

@@ -23,7 +23,7 @@ from optax_lowrank.linalg import LinearOperator, exact, matmul
 from optax_lowrank.refresh import positions
 from optax_lowrank.rules import Turn, wide
 from optax_lowrank.views import MatrixView
-from optax_lowrank.walls import AxisName, cond, entry, for_each, mean_over, put, put_in
+from optax_lowrank.walls import AxisName, cond, entry, for_each, mean_over, put, put_in, unmoved
 
 
 class Setup(NamedTuple):
@@ -230,7 +230,12 @@ def _gradient(setup, matrices, leaf, layer):
         return G.astype(wide(G))
 
     def apply(f, *operands):
-        branches = [lambda *y, x=x: f(load(x), *y) for x in matrices]
+        def branch(x, *operands):
+            compute = lambda *operands: f(load(x), *operands)
+            of_stack = x.view.batch > 1
+            return unmoved(layer, compute, *operands) if of_stack else compute(*operands)
+
+        branches = [functools.partial(branch, x) for x in matrices]
         return mean_over(setup.axis_name, _pick(leaf, branches, *operands))
 
     return apply

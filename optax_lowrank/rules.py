@@ -183,7 +183,7 @@ def of_rule(rule: Rule, batch_axes: int = 0) -> OfRule:
                 return A.astype(g.dtype), new
 
             args = (x, state.leaves[path], weights.get(path))
-            out[path], states[path] = before, _ = after(before, mapped(one), *args)
+            out[path], states[path] = before = after(before, mapped(one), *args)
         count, states = optax.safe_increment(state.count), states if leaves else state.leaves
         return treedef.unflatten(out.values()), OfRuleState(count, states)
 

@@ -17,12 +17,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 AxisName = str | tuple[str, ...] | None
 
 
-def after(before: jax.Array | None, compute: Callable[..., Any], *operands: Any) -> Any:
-    """`compute(*operands)`, which inside jit does not begin before the array `before` is there.
+def after(before: tuple[jax.Array, Any] | None, compute: Callable[..., Any], *operands: Any) -> Any:
+    """`compute(*operands)`, which inside jit does not begin before another leaf is done.
 
-    What `compute` returns as it got it may be there at once.
+    `before` is the update of that leaf and its new state. What `compute` returns as it got it may be there at once.
     """
-    if not isinstance(before, jax.core.Tracer) or not before.size:
+    update = None if before is None else before[0]
+    if not isinstance(update, jax.core.Tracer) or not update.size:
         return compute(*operands)  # outside jit everything has its turn
 
     def waiting(before, *operands):
@@ -41,7 +42,7 @@ def after(before: jax.Array | None, compute: Callable[..., Any], *operands: Any)
             return [x for x in out if id(x) not in ids]
 
         zeros = [jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(new, *operands)]
-        made = iter(cond(_never(before), lambda *_: zeros, new, *operands))
+        made = iter(cond(_never(before[0]), lambda *_: zeros, new, *operands))
         return same["tree"].unflatten(next(made) if i is None else given[i] for i in same["index"])
 
     return lax.platform_dependent(before, *operands, cpu=branch, default=waiting)
@@ -55,12 +56,16 @@ def _never(before):
 
 def _selected(before, operands):
     # XLA for TPU drops barriers before it orders the program; this it fuses into what reads the operands
-    never = _never(before)
+    update, state = before
+    largest = max((x for x in jax.tree.leaves(state) if x.ndim == 3), key=jnp.size, default=update)
+    # An update that is looked at is written once more, beside what it is applied to. Moments, (b, r, n), are there when
+    # coordinates are of no more use; codes of them are not.
+    never = _never(largest if jnp.issubdtype(largest.dtype, jnp.floating) else update)
     return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), operands)
 
 
 def _behind_barrier(before, operands):
-    wait = lambda x: lax.optimization_barrier((x, before))[0]
+    wait = lambda x: lax.optimization_barrier((x, before[0]))[0]
     # in a `shard_map` one by one, as what goes through a barrier together varies alike over devices
     return jax.tree.map(wait, operands) if _in_shard_map() else wait(operands)
 
@@ -72,6 +77,21 @@ def when(pred: Any, update: Callable[[Any], Any], x: Any) -> Any:
     has one result, where XLA for CPU otherwise repeats the update in a copy for each reader.
     """
     return loop(jnp.asarray(pred, jnp.int32), lambda _, x: update(x), x)
+
+
+def unmoved(i: jax.Array, compute: Callable[..., Any], *operands: Any) -> Any:
+    """`compute(*operands)` in a branch, with a number i ≥ 0 that XLA does not know.
+
+    What all branches do, XLA for TPUs does behind them: they then return, as a copy, what they did it to, which is a
+    stack where they took an entry of one. It leaves alone what is in a loop.
+    """
+
+    def once(*operands):
+        shapes = jax.eval_shape(compute, *operands)
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return when(i >= 0, lambda _: compute(*operands), start)
+
+    return lax.platform_dependent(*operands, tpu=once, default=compute)
 
 
 def loop(turns: jax.Array | int, body: Callable[[jax.Array, Any], Any], x: Any) -> Any:

@@ -136,7 +136,8 @@ def orthogonalize(
                 size = _scale((view.m, view.n), consistent_rms)
                 one = lambda X, size=size: newton_schulz(X, ns_steps) * jnp.asarray(size, X.dtype)
                 G = view.fold(leaves[path])
-                leaves[path] = before = view.unfold(after(before, jax.vmap(one), G))
+                leaves[path] = view.unfold(after(before, jax.vmap(one), G))
+                before = leaves[path], ()
         return treedef.unflatten(leaves.values()), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), automatic(update))
