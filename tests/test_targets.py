@@ -1,14 +1,19 @@
 """Nothing is bound to a CPU: every update lowers for GPUs and TPUs, and what their compilers say is read rightly."""
 
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
 
+import optax_lowrank as ol
 from benchmarks import __main__ as command, targets
 from benchmarks.memory import mib
 from benchmarks.trees import step_of
+from optax_lowrank import walls
 
 from .helpers import OPTIMIZERS, PROBLEMS
 
@@ -27,6 +32,35 @@ def test_an_update_and_its_refits_lower_for_gpus_and_tpus(name):
     exported = export(params, state, params)
     assert exported.platforms == ("cuda", "tpu")
     assert exported.out_avals == exported.in_avals[: len(exported.out_avals)]
+
+
+@pytest.mark.parametrize("options", [{}, {"state_bits": {"bits": 8, "min_size": 4}}], ids=str)
+def test_what_waits_and_branches_on_tpus_is_as_elsewhere(monkeypatch, options):
+    """Stacks of two widths, run on a CPU with what `walls` has for TPUs."""
+    shapes = {"a": (3, 12, 20), "b": (3, 12, 20), "c": (3, 12, 28)}
+    draw = lambda seed, shape: jax.random.normal(jax.random.key(seed), shape)
+    grads = [{name: draw(i, shape) for name, shape in shapes.items()} for i in range(3)]
+
+    def run(oversample):  # another number, another program
+        fit = ol.randomized_svd(oversample, power_iterations=2)
+        tx = ol.fira(1.0, rank=4, update_proj_gap=2, fit=fit, **options)
+        state, update, out = tx.init(grads[0]), jax.jit(tx.update), []
+        for g in grads:
+            updates, state = update(g, state)
+            out.append(updates)
+        return out
+
+    def tpu(*operands, tpu=None, default=None, **others):
+        chosen.append(tpu is not None)
+        return (tpu or default)(*operands)
+
+    expected, chosen = run(oversample=8), []
+    monkeypatch.setattr(walls, "lax", types.SimpleNamespace(**vars(lax)))
+    monkeypatch.setattr(walls.lax, "platform_dependent", tpu)
+    found = run(oversample=9)
+    assert any(chosen)
+    close = lambda x, y: np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max())
+    jax.tree.map(close, found, expected)
 
 
 LEAF = (2, 32, 48)
