@@ -19,7 +19,7 @@ import optax_lowrank as ol
 from benchmarks import targets
 from benchmarks.processes import eight_devices, in_child
 from benchmarks.tables import Options, Table
-from benchmarks.trees import step_of
+from benchmarks.trees import REFITS, step_of
 
 LAYERS, HIDDEN, FFN = 2, 512, 1376
 RANK = HIDDEN // 16
@@ -167,7 +167,7 @@ _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # XLA for TPUs runs a collective beside other fusions: it stands where it starts, in each of them, and where it ends.
 _GOES_ON = re.compile(r"%async-collective-done[\w.\-]* = |calls=%async_collective_fusion")
 # The loops over matrices that are due, and over states that turn with their bases.
-_REFIT = re.compile(r'op_name="[^"]*(?:\(_refit_equal_shapes\)|\(update_leaf\))/while"')
+_REFIT = re.compile(rf'op_name="[^"]*(?:\({REFITS}\)|\(update_leaf\))/while"')
 
 
 def traffic(hlo: str, ours: bool) -> tuple[Traffic, Traffic]:

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
 import optax_lowrank as ol
 from benchmarks.memory import mib
 from benchmarks.tables import Options, Table
-from benchmarks.trees import M130, QUICK, all_shapes, shapes
+from benchmarks.trees import M130, QUICK, REFITS, all_shapes, shapes
 
 GAP = 200  # updates between refits
 METHODS = (ol.galore, ol.natural_galore, ol.adarankgrad, ol.gradnormlorp, ol.fira)
@@ -56,7 +56,7 @@ def _count(jaxpr, refits: bool, turns: int = 1) -> int:
     total = 0
     for eqn in jaxpr.eqns:
         name = eqn.params.get("name")
-        if name == "_refit_equal_shapes":
+        if name == REFITS:
             if not refits:
                 continue
             turns = eqn.invars[-1].aval.size  # one a matrix

@@ -8,6 +8,7 @@ import optax
 
 import optax_lowrank as ol
 from benchmarks.gradients import normal
+from optax_lowrank import refit
 
 
 class Size(NamedTuple):
@@ -22,6 +23,8 @@ class Size(NamedTuple):
     def rank(self) -> int:
         return self.hidden // 4
 
+
+REFITS = refit._refit_alike.__name__  # the program of refits, as jaxprs and HLO call it
 
 # of the GaLore paper (arXiv:2403.03507, Table 5)
 M60, M130 = Size("60M", 8, 512, 1376), Size("130M", 12, 768, 2048)

@@ -58,8 +58,8 @@ def _selected(before, operands):
     # XLA for TPU drops barriers before it orders the program; this it fuses into what reads the operands
     update, state = before
     largest = max((x for x in jax.tree.leaves(state) if x.ndim == 3), key=jnp.size, default=update)
-    # An update that is looked at is written once more, beside what it is applied to. Moments, (b, r, n), are there when
-    # coordinates are of no more use; codes of them are not.
+    # Looked at, an update is written out, beside the weights that it is applied to. New moments, (b, r, n), are looked
+    # at instead, but where they are codes, for which it takes more memory.
     never = _never(largest if jnp.issubdtype(largest.dtype, jnp.floating) else update)
     return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), operands)
 

@@ -3,10 +3,13 @@
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import optax_lowrank as ol
 from benchmarks.__main__ import TABLES
+from benchmarks.exchange import averaged
 from benchmarks.processes import HINT, peers, threads, torch_python, with_threads
 from benchmarks.tables import Options
 from benchmarks.timing import ratio, take_turns
@@ -47,6 +50,12 @@ def test_every_table_can_be_measured(name, tmp_path):
     assert str(table).count("\n| ") == len(table.rows) + 1
     if table.figure:
         table.figure.savefig(tmp_path / "figure.png")
+
+
+def test_refits_are_found_in_the_program_of_a_step():
+    params = {"kernel": jax.ShapeDtypeStruct((16, 24), jnp.float32)}
+    step, refit = averaged(ol.galore(1e-2, rank=4, axis_name="data"), params)
+    assert step < 16 * 24 * 4 < refit
 
 
 def test_the_state_of_galore_is_the_formula_to_the_byte():
