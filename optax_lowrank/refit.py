@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from optax_lowrank.bases import Basis
-from optax_lowrank.linalg import LinearOperator, exact, matmul
+from optax_lowrank.linalg import LinearOperator, matmul, times
 from optax_lowrank.refresh import positions
 from optax_lowrank.rules import Turn, wide
 from optax_lowrank.views import MatrixView
@@ -217,21 +217,21 @@ def _load(setup, matrices, leaves, leaf, layer, widest) -> _Loaded:
 
 
 def _gradient(setup, matrices, leaf, layer):
-    """One matrix's gradient, or the geometry's: what is returned, `apply(f, *operands)`, is f(G, *operands).
+    """One matrix's gradient, or the geometry's: what is returned, `apply(f, *operands)`, is f(view, G, *operands).
 
     Of leaves of one shape, which a mesh may hold in different ways, only what f makes of a matrix travels; and so it is
-    of gradients that differ by device: products are averaged, of ‖G‖² and the largest entry a bound.
+    of gradients that differ by device: products are averaged, of ‖G‖² and the largest entry a bound. G has its axes as
+    the leaf holds them.
     """
 
     def load(x):
-        G = x.view.matrix(x.gradient, layer)
-        if setup.tangent:
-            G, _ = setup.tangent(G, x.view.matrix(x.weight, layer), x.view.sum_axis)
-        return G.astype(wide(G))
+        of = lambda leaf: x.view.in_memory(x.view.matrix(leaf, layer))
+        G = of(x.gradient)
+        return setup.tangent(G, of(x.weight), x.view.sum_axis_in_memory)[0] if setup.tangent else G
 
     def apply(f, *operands):
         def branch(x, *operands):
-            compute = lambda *operands: f(load(x), *operands)
+            compute = lambda *operands: f(x.view, load(x), *operands)
             of_stack = x.view.batch > 1
             return unmoved(layer, compute, *operands) if of_stack else compute(*operands)
 
@@ -243,16 +243,18 @@ def _gradient(setup, matrices, leaf, layer):
 
 def _divided(apply, scale, shape, dtype) -> LinearOperator:
     """The gradient by `scale`, with columns of zeros up to `shape`."""
-    # in products the thin factor is divided: no copy of G, and XLA for TPUs makes half the program where it sees that a
-    # float32 G was bfloat16; not `linalg.matmul`, whose parts of G would be as large as G
     filled = lambda x: jnp.pad(x, ((0, shape[1] - len(x)), (0, 0)))
+    divided = lambda G: G.astype(dtype) / scale
+    # in products the thin factor is divided: no copy of G
+    G_X = lambda view, G, X: times(G, X[: view.n], axis=0 if view.flipped else 1)
+    GT_Y = lambda view, G, Y: filled(times(G, Y, axis=1 if view.flipped else 0))
     return LinearOperator(
         shape,
         dtype,
-        lambda X: apply(lambda G, X: exact(G, X[: G.shape[1]]), X / scale),
-        lambda Y: apply(lambda G, Y: filled(exact(G.T, Y)), Y / scale),
-        lambda: apply(lambda G: jnp.sum(jnp.square(G / scale))),
-        lambda: apply(lambda G: filled(G.T / scale).T),
+        lambda X: apply(G_X, X / scale),
+        lambda Y: apply(GT_Y, Y / scale),
+        lambda: apply(lambda view, G: jnp.sum(jnp.square(divided(G)))),
+        lambda: apply(lambda view, G: filled(view.in_memory(divided(G)).T).T),
     )
 
 
@@ -261,7 +263,7 @@ def _fit_one(setup, x, gradient, loaded, count, seeds):
     view, dtype, recalled = x.view, wide(x.gradient), loaded.recalled
     P, K = read_bases(setup, x, loaded.basis, seeds, loaded.last_fit)
     key = _key(seeds, count)
-    largest = gradient(lambda G: jnp.max(jnp.abs(G)))
+    largest = gradient(lambda view, G: jnp.max(jnp.abs(G)).astype(dtype))
     if recalled is not None:
         recalled = recalled if K is None else matmul(recalled, K.T)
         largest = jnp.maximum(largest, jnp.max(jnp.abs(recalled)))

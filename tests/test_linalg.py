@@ -322,3 +322,20 @@ def test_products_of_parts_have_the_digits_of_float32(batch, m, n):
     assert got.dtype == jnp.float32
     A, B = A.astype(np.float64), B.astype(np.float64)
     assert np.all(np.abs(got - A @ B) <= 1e-6 * (np.abs(A) @ np.abs(B)))
+
+
+@pytest.mark.parametrize(("shape", "k"), [((20, 300), 10), ((128, 256), 140)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_products_with_a_bfloat16_matrix_have_the_digits_of_float32(shape, k, axis):
+    """What TPUs are given; entries from 1e-8 to 1e8, so that a lost part would show."""
+    random = np.random.default_rng(0)
+    G, X = (
+        random.standard_normal(size) * 10.0 ** random.uniform(-8, 8, size)
+        for size in (shape, (shape[axis], k))
+    )
+    G, X = jnp.asarray(G, jnp.bfloat16), X.astype(np.float32)
+    got = jax.jit(linalg._times_parts, static_argnums=2)(G, X, axis)
+    assert got.dtype == jnp.float32
+    G, X = np.asarray(G, np.float64), X.astype(np.float64)
+    G = G if axis else G.T
+    assert np.all(np.abs(got - G @ X) <= 1e-6 * (np.abs(G) @ np.abs(X)))
