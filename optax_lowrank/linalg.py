@@ -113,18 +113,20 @@ def _times_parts(G, X, axis):
     m, k = G.shape[1 - axis], X.shape[1]
     # filled up to whole tiles: else XLA would want a G of 5461 columns, and the stack it is from, in another order here
     # than where the largest entry is looked for, and copy the stack for each
-    G, X = (jnp.pad(x, [(0, -size % _BLOCK) for size in x.shape]) for x in (G, X))
+    G = jnp.pad(G, [(0, -size % _BLOCK) for size in G.shape])
+    X = jnp.pad(X, [(0, -len(X) % _BLOCK), (0, 0)])
     # one sum over parts as well: between devices that share a G, each number of the product travels once
     thrice, of = jnp.broadcast_to(G, (3, *G.shape)), "pmn,pnk->mk" if axis else "pnm,pnk->mk"
+    block = min(k, _BLOCK)
 
     def put(turn, Y):
-        some = lax.dynamic_slice_in_dim(X, turn * _BLOCK, _BLOCK, axis=1)
+        start = jnp.minimum(turn * block, k - block)
+        some = lax.dynamic_slice_in_dim(X, start, block, axis=1)
         parts = lax.optimization_barrier(jnp.stack([_part(some, jnp.int32(i)) for i in range(3)]))
         new = jnp.einsum(of, thrice, parts, preferred_element_type=Y.dtype)
-        return lax.dynamic_update_slice_in_dim(Y, new, turn * _BLOCK, axis=1)
+        return lax.dynamic_update_slice_in_dim(Y, new, start, axis=1)
 
-    Y = jnp.zeros((G.shape[1 - axis], X.shape[1]), X.dtype)
-    return loop(X.shape[1] // _BLOCK, put, Y)[:m, :k]
+    return loop(-(-k // block), put, jnp.zeros((G.shape[1 - axis], k), X.dtype))[:m]
 
 
 def _rounded(X):
