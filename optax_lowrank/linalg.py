@@ -45,9 +45,8 @@ def matmul(A: jax.Array, B: jax.Array) -> jax.Array:
     return lax.platform_dependent(A, B, tpu=_in_parts, default=exact)
 
 
-_BLOCK = (
-    128  # of the thin side; XLA for TPUs is the longer about a product the larger its operands are
-)
+# of a thin side; XLA for TPUs is the longer about a product the larger its operands are
+_BLOCK = 128
 
 
 def _in_parts(A, B):
@@ -82,10 +81,10 @@ def _part(X, i):
 
 @functools.partial(jax.jit, static_argnames="axis")
 def times(G: jax.Array, X: jax.Array, axis: int) -> jax.Array:
-    """G X, or GᵀX, to the last digits of X, for a G of which there shall be no copies, as in `matmul`.
+    """G X, or GᵀX, to the last digits of X, without parts of G, as `matmul` makes them on TPU.
 
-    On TPU a bfloat16 G meets the three bfloat16 parts of X, some columns at a time: exact products, in a kernel that
-    XLA compiles several times as fast as the one of `Precision.HIGHEST`.
+    There, the three bfloat16 parts of X meet a bfloat16 G, some columns at a time: exact products, in a kernel that XLA
+    compiles in a quarter to two thirds of the time of the one of `Precision.HIGHEST`.
 
     Args:
       G: (m, n) bfloat16, or as X. A mesh may divide both axes.
@@ -111,8 +110,8 @@ def times(G: jax.Array, X: jax.Array, axis: int) -> jax.Array:
 
 def _times_parts(G, X, axis):
     m, k = G.shape[1 - axis], X.shape[1]
-    # filled up to whole tiles: else XLA would want a G of 5461 columns, and the stack it is from, in another order here
-    # than where the largest entry is looked for, and copy the stack for each
+    # Filled up to whole tiles. A G of 5461 columns XLA would want laid out in another order here than where its largest
+    # entry is looked for, and if it is of a stack, copy the stack.
     G = jnp.pad(G, [(0, -size % _BLOCK) for size in G.shape])
     X = jnp.pad(X, [(0, -len(X) % _BLOCK), (0, 0)])
     # one sum over parts as well: between devices that share a G, each number of the product travels once
