@@ -20,7 +20,8 @@ AxisName = str | tuple[str, ...] | None
 def after(before: tuple[jax.Array, Any] | None, compute: Callable[..., Any], *operands: Any) -> Any:
     """`compute(*operands)`, which inside jit does not begin before another leaf is done.
 
-    `before` is the update of that leaf and its new state. What `compute` returns as it got it may be there at once.
+    `before` is the update of that leaf and new state to look at in its place, if any. What `compute` returns as it got
+    it may be there at once.
     """
     update = None if before is None else before[0]
     if not isinstance(update, jax.core.Tracer) or not update.size:
