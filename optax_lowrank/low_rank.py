@@ -330,8 +330,10 @@ class _Core:
         others = stored, x.seeds, last_fit, fitted
         projected, W, rule = after(before, project, x.gradient, x.weight, rule, *others)
         finish, G = jax.vmap(functools.partial(self.finish, x, told)), fold(x.gradient)
-        U, rule, geometry, awaited, *numbers = finish(G, W, projected, rule, x.leaf.geometry)
-        before = x.view.unfold(awaited[0]), awaited[1]
+        U, rule, geometry, (awaited, instead), *numbers = finish(
+            G, W, projected, rule, x.leaf.geometry
+        )
+        before = x.view.unfold(awaited), instead
         return x.view.unfold(U), Leaf(stored, rule, geometry), numbers, before
 
     # ---------------------------------------------------------------------------------------------------- one matrix
