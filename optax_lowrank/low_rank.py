@@ -352,7 +352,9 @@ class _Core:
             # int32: the numbers of a DCT's columns
             exact = kinds | {G.dtype} <= {R.dtype, jnp.dtype("int32")}
             R = jnp.where(fitted, _without_round_off(R, 1e-5 if exact else 2**-6), R)
-        columns = jnp.sum(jnp.square(G.astype(R.dtype)), axis=0).astype(jnp.float32)
+        # as the leaf lies in memory: of squares that are transposed, XLA for CPUs makes an array
+        squares = jnp.square(x.view.in_memory(G).astype(R.dtype))
+        columns = jnp.sum(squares, axis=int(x.view.flipped)).astype(jnp.float32)
         columns = mean_over(self.setup.axis_name, columns)
         floats = {kind for kind in kinds | {P.dtype} if jnp.issubdtype(kind, jnp.floating)}
         if floats != {R.dtype} and self.weighs_columns(x, told):
@@ -369,7 +371,10 @@ class _Core:
         finite = jnp.isfinite(energy) & _finite(kept)
         A, c, new = self.rule.step(jnp.where(finite, R, 0), columns, old, finite=finite, **told)
         finite &= _finite((A, c))
-        U = jnp.zeros_like(G)
+        # from here on as the leaf lies in memory: of a product transposed at once, XLA for CPUs swaps the factors, and
+        # has to move all of it
+        of, axis = x.view.in_memory, x.view.sum_axis_in_memory
+        U = jnp.zeros_like(of(G))
         if A is not None:
             A = jnp.asarray(self.scale, dtype) * (A if K is None else jnp.matmul(A, K.T))
             # an A of the state alone would not wait for this leaf's turn, as R does
@@ -379,11 +384,10 @@ class _Core:
             if self.setup.two_sided:
                 raise ValueError('a rule that weighs columns needs `side="short"` or "long".')
             T, _ = self.tangent(x, G, W)
-            U = (U.astype(dtype) + T.astype(dtype) * c.astype(dtype)[None]).astype(G.dtype)
-        of, axis, lifted = x.view.in_memory, x.view.sum_axis_in_memory, U
-        U, new_outer = self.geometry.retract(of(U), of(W), kept, outer, axis=axis, **told)
-        U = of(U.astype(G.dtype))
-        U = jnp.where(finite, U, 0).astype(G.dtype)
+            U = (U.astype(dtype) + of(T).astype(dtype) * of(c.astype(dtype)[None])).astype(G.dtype)
+        lifted = U
+        U, new_outer = self.geometry.retract(U, of(W), kept, outer, axis=axis, **told)
+        U = jnp.where(finite, U.astype(G.dtype), 0).astype(G.dtype)
         new, new_outer = self.rule.keep(finite, new, old), put_back(finite, new_outer, outer)
         # To look at an update, XLA for CPUs computes it once more, and copies the weights that it reads, as they are
         # overwritten by then.
@@ -391,7 +395,7 @@ class _Core:
         # XLA for TPUs needs less if the new state is looked at in its place, but a GiB more in a training step of 1B
         # where the update has both terms, as Fira's has.
         instead = () if A is not None and c is not None else new
-        return U, new, new_outer, (awaited, instead), energy, jnp.sum(columns), finite
+        return of(U), new, new_outer, (of(awaited), instead), energy, jnp.sum(columns), finite
 
     def tangent(self, x, G, W):
         if self.setup.tangent is None:

@@ -244,10 +244,8 @@ class MatrixView:
         return x.reshape([size if a in self.batch_axes else 1 for a, size in enumerate(self.shape)])
 
     def product(self, P: jax.Array, N: jax.Array) -> jax.Array:
-        """P N, (m, n), as (Nᵀ Pᵀ)ᵀ where the leaf lies so in memory: `unfold` then moves nothing."""
-        if self.flipped:
-            return lax.dot_general(N, P, (((0,), (1,)), ((), ()))).mT
-        return jnp.matmul(P, N)
+        """P N `in_memory`: (m, n), or (n, m) as Nᵀ Pᵀ."""
+        return lax.dot_general(N, P, (((0,), (1,)), ((), ()))) if self.flipped else jnp.matmul(P, N)
 
     def matrix(self, x: jax.Array, i) -> jax.Array:
         """`fold(x)[i]`, (m, n), for an index that may be traced, without folding the rest of the stack."""
@@ -258,7 +256,11 @@ class MatrixView:
             size[axis] = 1
         # slice before transposing: the other way round XLA copies the whole stack
         piece = lax.dynamic_slice(x, start, size) if self.batch_axes else x
-        return jnp.transpose(piece, self._order).reshape(self.m, self.n)
+        # no batch axes in what is transposed, so that `in_memory` undoes it at no cost
+        of_sides = [a for a in range(x.ndim) if a not in self.batch_axes]
+        piece = piece.reshape([self.shape[a] for a in of_sides])
+        order = [of_sides.index(a) for a in self.projected_axes + self.other_axes]
+        return jnp.transpose(piece, order).reshape(self.m, self.n)
 
     @property
     def _order(self) -> tuple[int, ...]:

@@ -112,12 +112,12 @@ def test_orientation(shape, side, projected, flipped):
 
 
 @pytest.mark.parametrize("side", ["short", "long"])
-def test_product_is_that_of_the_matrices_and_unfolds_without_a_transpose(side):
+def test_product_is_that_of_the_matrices_as_the_leaf_lies_in_memory(side):
     view = MatrixView.of((5, 6, 8), MatrixAxes(1, 2), side)
     random = np.random.default_rng(0)
     P, N = random.standard_normal((5, view.m, 2)), random.standard_normal((5, 2, view.n))
     product = jax.vmap(view.product)(P, N)
-    np.testing.assert_allclose(product, P @ N, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(product, view.in_memory(P @ N), rtol=1e-4, atol=1e-5)
     assert view.flipped == (side == "long")
 
 
