@@ -387,7 +387,7 @@ class _Core:
             U = (U.astype(dtype) + of(T).astype(dtype) * of(c.astype(dtype)[None])).astype(G.dtype)
         lifted = U
         U, new_outer = self.geometry.retract(U, of(W), kept, outer, axis=axis, **told)
-        U = jnp.where(finite, U.astype(G.dtype), 0).astype(G.dtype)
+        U = jnp.where(finite, U.astype(G.dtype), 0)
         new, new_outer = self.rule.keep(finite, new, old), put_back(finite, new_outer, outer)
         # To look at an update, XLA for CPUs computes it once more, and copies the weights that it reads, as they are
         # overwritten by then.
