@@ -281,7 +281,7 @@ def test_no_float32_copy_of_a_bfloat16_gradient(name, shape):
 @pytest.mark.parametrize("side", ["short", "long"])
 @pytest.mark.parametrize("name", ["galore", "fira"])
 def test_no_stack_is_transposed(name, side):
-    """A leaf that holds its projected side last is stepped where it lies; to move it took a tenth of a step."""
+    """A leaf that holds its projected side last is stepped where it lies: to move one took a twentieth of a step."""
     stack = (3, 160, 96) if side == "short" else (3, 96, 160)
     params = {"kernel": jax.ShapeDtypeStruct(stack, jnp.float32)}
     compiled = compiled_step(OPTIMIZERS[name](0.1, side=side), params)
